@@ -1,0 +1,74 @@
+"""Seconds from a file in the page cache to the tensors of one checkpoint.
+
+    python benchmarks/load_time.py
+
+Decodes one MiniLM task out of a .tall file of eight, file opened included, against safetensors
+reading the original. safetensors' load_file maps the file and has read nothing when it returns,
+so each of its tensors is cloned, or copied where tallcodec decodes into the caller's tensors.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import tallcodec
+from common import RESULTS, median_of, print_table, write_csv
+from minilm import FAMILY, Family
+
+
+def contenders(original, tall, task, threads):
+    """{(reader, into, threads): function}: the same tensors, new or into memory that is there."""
+    ready = {k: torch.empty_like(v) for k, v in load_file(original).items()}
+
+    def clone():
+        torch.set_num_threads(threads)
+        return {k: v.clone() for k, v in load_file(original).items()}
+
+    def copy():
+        torch.set_num_threads(threads)
+        for k, v in load_file(original).items():
+            ready[k].copy_(v)
+
+    def decode(out=None):
+        with tallcodec.open(tall, framework="pt", threads=threads) as f:
+            return f.decode(task, out=out)
+
+    return {
+        ("safetensors", "new tensors", threads): clone,
+        ("tallcodec", "new tensors", threads): decode,
+        ("safetensors", "caller's tensors", threads): copy,
+        ("tallcodec", "caller's tensors", threads): lambda: decode(ready),
+    }
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("--family", type=Path, default=FAMILY)
+    ap.add_argument("--repeat", type=int, default=15)
+    args = ap.parse_args()
+    family = Family(args.family)
+    task = family.tasks[0]
+    with tempfile.TemporaryDirectory() as folder:
+        tall = Path(folder) / "minilm.tall"
+        tallcodec.encode(family.base_path, family.paths, tall)
+        runs = {}
+        for threads in (1, 2):
+            runs |= contenders(family.paths[task], tall, task, threads)
+        medians = median_of(runs, repeat=args.repeat, warmup=2)
+    rows = [
+        {
+            "reader": reader, "into": into, "threads": threads,
+            "milliseconds": 1000 * elapsed,
+            "ratio": elapsed / medians["safetensors", into, threads],
+        }
+        for (reader, into, threads), elapsed in medians.items()
+    ]
+    print_table(rows)
+    write_csv(RESULTS / "load_time.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

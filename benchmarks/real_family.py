@@ -1,0 +1,224 @@
+"""The MiniLM family through the codec: sizes, quality, seconds, and conformance on the way.
+
+    python benchmarks/real_family.py
+
+Every variant encodes the eight checkpoints, decodes each, compares every mask bit and every
+decoded value with the published rule in plain PyTorch, and runs the decoded models on the test
+texts. Prints a markdown table and writes results/real_family.csv.
+"""
+
+import argparse
+import mmap
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import tallcodec
+from common import RESULTS, write_csv
+from minilm import FAMILY, Family
+from minilm.evaluate import Scorer
+from tallcodec import _core
+
+VARIANTS = {
+    "TALL, λ = .4": dict(threshold=0.4, shared_dtype="float32"),
+    "TALL, λ = 1, unit gain": dict(threshold=1.0, scale="unit-gain", shared_dtype="float32"),
+    "TALL, λ = .6, unit gain": dict(threshold=0.6, scale="unit-gain", shared_dtype="float32"),
+    "TALL, λ = .4, bfloat16 shared": dict(threshold=0.4, shared_dtype="bfloat16"),
+    "TALL, λ = .4, int8 shared": dict(threshold=0.4, shared_dtype="int8"),
+}
+SHARED, MASK, SCALES = 2, 3, 5  # plane kinds of the format
+
+
+class Stored(NamedTuple):
+    """What one task has for one tensor in the file."""
+
+    mask: torch.Tensor
+    scale: float
+
+
+class Contents:
+    """Masks, scales and plane sizes as they lie in a .tall file."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.file = _core.File(str(path), self.bytes)
+        self.planes = self.file.planes()
+        self.tensors = self.file.tensors()
+        self.numbers = {t["name"]: i for i, t in enumerate(self.tensors)}
+
+    def size(self, *kinds):
+        return sum(size for kind, _, _, size, _ in self.planes if kind in kinds)
+
+    def stored(self, task):
+        """{tensor: Stored} of the tensors of the task that have a mask."""
+        out = {}
+        for tensor, entry in zip(self.tensors, self.file.entries(self.file.find_task(task))):
+            if entry["coding"] != 1:
+                continue
+            _, _, offset, size, _ = self.planes[entry["plane"]]
+            count = int(np.prod(tensor["shape"]))
+            packed = np.frombuffer(self.bytes, np.uint8, size, offset)
+            bits = np.unpackbits(packed, count=count, bitorder="little").astype(bool)
+            mask = torch.from_numpy(bits).view(tensor["shape"])
+            out[tensor["name"]] = Stored(mask, entry["scale"])
+        return out
+
+
+def stored_as(s, dtype):
+    """The shared vector as it comes back from the file."""
+    if dtype != "int8":
+        return s.to(getattr(torch, dtype)).float()
+    blocks = torch.nn.functional.pad(s.flatten(), (0, -s.numel() % 128)).view(-1, 128)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    q = torch.where(scale == 0, 0, (blocks / scale).round().clamp(-127, 127))
+    return (q * scale).flatten()[: s.numel()].view(s.shape)
+
+
+def shared_vector(base, checkpoints, dtype):
+    shared = {}
+    for k, b in base.items():
+        s = torch.zeros_like(b)
+        for tuned in checkpoints:
+            s = s + (tuned[k] - b)
+        shared[k] = stored_as(s, dtype)
+    return shared
+
+
+class Distance(NamedTuple):
+    gain: float
+    error: float
+
+
+def compare(base, tuned, decoded, shared, stored, threshold):
+    """Distance of a decoded checkpoint, once it is found to be what the published rule gives."""
+    tau_sq = dot = error_sq = 0.0
+    if decoded.keys() != tuned.keys():
+        raise SystemExit("decoded and original have different tensors")
+    for k, b in base.items():
+        t, s = tuned[k], shared[k]
+        m = (b - t).abs() > threshold * ((b + s) - t).abs()
+        mask, scale = stored.get(k, Stored(torch.zeros_like(m), 1.0))
+        if not torch.equal(mask, m & (s != 0)):
+            raise SystemExit(f"{k}: the mask is not the published rule's")
+        if not torch.equal(decoded[k], torch.where(m, b + scale * s, b)):
+            raise SystemExit(f"{k}: the decoded values are not the published rule's")
+        tau, approx = t - b, decoded[k] - b
+        tau_sq += float((tau * tau).sum(dtype=torch.float64))
+        dot += float((tau * approx).sum(dtype=torch.float64))
+        error_sq += float(((approx - tau) ** 2).sum(dtype=torch.float64))
+    return Distance(dot / tau_sq, (error_sq / tau_sq) ** 0.5)
+
+
+def seconds(function, repeat):
+    """Median seconds of a call, and what the last call returned."""
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        result = function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), result
+
+
+def row(name, scorer, score, model_bytes, file_bytes, **columns):
+    """A row of the results; what a row has no figure for is empty."""
+    return {
+        "method": name,
+        "bytes": file_bytes,
+        "models": file_bytes / model_bytes,
+        "task_bits": columns.get("task_bits", ""),
+        "shared_bits": columns.get("shared_bits", ""),
+        "accuracy": score.accuracy,
+        "gap_recovered": scorer.gap_recovered(score),
+        "agreement": score.agreement,
+        "kl_left": scorer.kl_left(score),
+        "gain": columns.get("gain", ""),
+        "error": columns.get("error", ""),
+        "encode_s": columns.get("encode_s", ""),
+        "decode_s": columns.get("decode_s", ""),
+    }
+
+
+def measure(name, options, family, scorer, path, threads, repeat):
+    base = family.base()
+    checkpoints = {task: family.checkpoint(task) for task in family.tasks}
+    encode_s, _ = seconds(
+        lambda: tallcodec.encode(
+            family.base_path, family.paths, path, overwrite=True, threads=threads, **options
+        ),
+        repeat,
+    )
+    contents = Contents(path)
+    shared = shared_vector(base, checkpoints.values(), options["shared_dtype"])
+    decode_s, distances, scores = [], [], {}
+    with tallcodec.open(path, framework="pt", threads=threads) as f:
+        for task, tuned in checkpoints.items():
+            elapsed, decoded = seconds(lambda: f.decode(task), repeat)
+            decode_s.append(elapsed)
+            stored = contents.stored(task)
+            distances.append(
+                compare(base, tuned, decoded, shared, stored, options["threshold"])
+            )
+            scores[task] = scorer.score(task, decoded)
+    gain, error = (sum(column) / len(distances) for column in zip(*distances))
+    parameters = sum(b.numel() for b in base.values())
+    return row(
+        name, scorer, scorer.mean(scores), family.base_path.stat().st_size, path.stat().st_size,
+        task_bits=8 * contents.size(MASK) / parameters / len(checkpoints),
+        shared_bits=8 * contents.size(SHARED, SCALES) / parameters,
+        gain=gain, error=error, encode_s=encode_s, decode_s=statistics.mean(decode_s),
+    )
+
+
+def markdown(rows):
+    """The table of docs/benchmarks.md."""
+    formats = {
+        "method": "", "bytes": ",", "models": ".2f", "task_bits": ".3f", "shared_bits": ".2f",
+        "accuracy": ".4f", "gap_recovered": ".3f", "agreement": ".3f", "kl_left": ".2%",
+        "gain": ".2f", "error": ".2f", "encode_s": ".2f", "decode_s": ".3f",
+    }
+    lines = [formats, {key: "---" for key in formats}]
+    lines += [{k: format(v, formats[k]) if v != "" else "" for k, v in r.items()} for r in rows]
+    lines[0] = {key: key.replace("_", " ") for key in formats}
+    return "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("--family", type=Path, default=FAMILY)
+    ap.add_argument("--limit", type=int, help="test texts per task (no results are written)")
+    ap.add_argument("--variants", default=",".join(str(i) for i in range(len(VARIANTS))),
+                    help="which rows, by number")
+    ap.add_argument("--repeat", type=int, default=3, help="timed runs of every encode and decode")
+    ap.add_argument("--threads", type=int, default=2)
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+    family = Family(args.family)
+    scorer = Scorer(family, limit=args.limit)
+    model = family.base_path.stat().st_size
+    originals = sum(path.stat().st_size for path in family.paths.values())
+    rows = [
+        row("base", scorer, scorer.base_score, model, model, gain=0.0, error=1.0),
+        row("fine-tuned", scorer, scorer.tuned_score, model, originals, gain=1.0, error=0.0),
+    ]
+    chosen = [list(VARIANTS)[int(i)] for i in args.variants.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "minilm.tall"
+        for name in chosen:
+            rows.append(
+                measure(name, VARIANTS[name], family, scorer, path, args.threads, args.repeat)
+            )
+            print(f"{name}: conforms, accuracy {rows[-1]['accuracy']:.4f}", flush=True)
+    print("\n" + markdown(rows))
+    if args.limit is None and chosen == list(VARIANTS):
+        write_csv(RESULTS / "real_family.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

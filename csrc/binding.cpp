@@ -1,0 +1,344 @@
+// The Python module tallcodec._core: checks, releases the GIL, calls, maps the error. Nothing else.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+
+#include "encode.h"
+#include "format.h"
+#include "kernels.h"
+#include "text.h"
+
+namespace py = pybind11;
+
+void bind_kernels(py::module_& m);  // binding_kernels.cpp
+
+namespace tallcodec {
+namespace {
+
+// The class of tallcodec.errors that stands for a status.
+const char* exception_name(Status status) {
+  switch (status) {
+    case Status::Argument: return "ArgumentError";
+    case Status::Checkpoint: return "CheckpointError";
+    case Status::Format: return "FormatError";
+    case Status::Version: return "VersionError";
+    case Status::Checksum: return "ChecksumError";
+    case Status::BaseMismatch: return "BaseMismatchError";
+    case Status::TaskNotFound: return "TaskNotFoundError";
+    case Status::TensorNotFound: return "TensorNotFoundError";
+    case Status::Read: return "ReadError";
+    case Status::Write: return "WriteError";
+  }
+  return "TallcodecError";
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& e) {
+    py::object type = py::module_::import("tallcodec.errors").attr(exception_name(e.status));
+    py::object value = e.system_error ? type(e.system_error, e.message) : type(e.message);
+    PyErr_SetObject(type.ptr(), value.ptr());
+  }
+}
+
+// A Python source is (file descriptor, offset), or (-1, address), or None.
+Source source(const py::object& o) {
+  if (o.is_none()) return {};
+  auto [fd, where] = o.cast<std::pair<int, uint64_t>>();
+  if (fd < 0) return {reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(where)), -1, 0};
+  return {nullptr, fd, where};
+}
+
+// Lets Ctrl-C through, at most some twenty times a second.
+std::function<void()> poll_signals() {
+  auto last = std::make_shared<std::chrono::steady_clock::time_point>();
+  return [last] {
+    auto now = std::chrono::steady_clock::now();
+    if (now - *last < std::chrono::milliseconds(50)) return;
+    *last = now;
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+// `inflate(frame, raw_size) -> bytes` as the core calls it, from any thread.
+auto inflate_with(py::object inflate) {
+  return [inflate](const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size) {
+    py::gil_scoped_acquire gil;
+    auto frame = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
+    auto raw = inflate(frame, raw_size).cast<std::string_view>();
+    if (raw.size() != raw_size) throw Error(Status::Format, "a zstd frame of the wrong size");
+    std::memcpy(out, raw.data(), raw.size());
+  };
+}
+
+Options options(unsigned threads, bool verify, py::object inflate) {
+  Options o;
+  o.threads = std::max(1u, threads);
+  o.verify = verify;
+  o.kernels = find_kernels();
+  if (!o.kernels) {
+    throw Error(Status::Argument, text("TALLCODEC_KERNELS names kernels that this machine does not have"));
+  }
+  o.poll = poll_signals();
+  if (!inflate.is_none()) o.inflate = inflate_with(std::move(inflate));
+  return o;
+}
+
+// A File over anything with the buffer interface, which it keeps.
+class BufferFile {
+ public:
+  BufferFile(std::string label, const py::buffer& buffer)
+      : buffer_(buffer.request()),
+        file_(std::move(label), static_cast<uint64_t>(buffer_.size * buffer_.itemsize),
+              [data = static_cast<const uint8_t*>(buffer_.ptr)](uint64_t offset, uint64_t) {
+                return data + offset;
+              }) {}
+  const File& operator*() const { return file_; }
+  const File* operator->() const { return &file_; }
+  const Index& index() const { return file_.index(); }
+
+ private:
+  py::buffer_info buffer_;
+  File file_;
+};
+
+py::str string(const Index& index, StringRef s) {
+  std::string_view v = index.text(s);
+  return py::str(v.data(), v.size());
+}
+
+py::tuple shape(const uint64_t* dims, size_t rank) {
+  py::tuple t(rank);
+  for (size_t i = 0; i < rank; ++i) t[i] = dims[i];
+  return t;
+}
+
+py::object optional(uint32_t id) { return id == kNone ? py::none() : py::object(py::int_(id)); }
+
+py::dict header(const BufferFile& f) {
+  const IndexHeader& h = f.index().header;
+  py::dict d;
+  d["writer"] = string(f.index(), h.writer);
+  d["base_storage"] = int(h.base_storage);
+  d["merge"] = int(h.merge);
+  d["scale"] = int(h.scale);
+  return d;
+}
+
+py::list tasks(const BufferFile& f) {
+  py::list out;
+  for (const TaskRecord& t : f.index().tasks) {
+    py::dict d;
+    d["name"] = string(f.index(), t.name);
+    d["threshold"] = t.threshold;
+    d["method"] = int(t.method);
+    out.append(d);
+  }
+  return out;
+}
+
+py::list tensors(const BufferFile& f) {
+  py::list out;
+  const Index& index = f.index();
+  for (const TensorRecord& t : index.tensors) {
+    py::dict d;
+    d["name"] = string(index, t.name);
+    d["in_base"] = bool(t.in_base);
+    d["dtype"] = int(t.dtype);
+    d["shape"] = shape(index.dims.data() + t.dims, t.rank);
+    d["shared_dtype"] = int(t.shared_dtype);
+    d["alias"] = optional(t.alias);
+    py::list counts;
+    for (uint32_t i = 0; i < t.count_count; ++i) counts.append(index.counts[t.first_count + i]);
+    d["agreement"] = counts;
+    out.append(d);
+  }
+  return out;
+}
+
+py::list entries(const BufferFile& f, uint32_t task) {
+  py::list out;
+  const Index& index = f.index();
+  if (task >= index.tasks.size()) throw py::index_error();
+  for (uint32_t i = 0; i < index.tensors.size(); ++i) {
+    const EntryRecord& e = index.entry(task, i);
+    py::dict d;
+    d["coding"] = int(e.coding);
+    d["dtype"] = int(e.dtype);
+    d["reason"] = int(e.reason);
+    d["plane"] = optional(e.plane);
+    d["scales_plane"] = optional(e.scales_plane);
+    d["scale"] = e.scale;
+    d["set_bits"] = e.set_bits;
+    d["published_bits"] = e.published_bits;
+    d["tau_sq"] = e.tau_sq;
+    d["dot"] = e.dot;
+    d["approx_sq"] = e.approx_sq;
+    out.append(d);
+  }
+  return out;
+}
+
+py::list planes(const BufferFile& f) {
+  py::list out;
+  for (const PlaneRecord& p : f.index().planes) {
+    out.append(py::make_tuple(int(p.kind), int(p.coding), p.offset, p.size, p.raw_size));
+  }
+  return out;
+}
+
+py::list files(const BufferFile& f) {
+  py::list out;
+  for (const FileRecord& r : f.index().files) {
+    out.append(py::make_tuple(r.scope, string(f.index(), r.name), optional(r.plane)));
+  }
+  return out;
+}
+
+py::list metadata(const BufferFile& f) {
+  py::list out;
+  for (const MetaRecord& r : f.index().metas) {
+    out.append(py::make_tuple(r.scope, string(f.index(), r.key), string(f.index(), r.value)));
+  }
+  return out;
+}
+
+void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool verify,
+            py::object inflate) {
+  std::vector<Request> requests;
+  for (const py::handle& item : wanted) {
+    auto t = item.cast<py::tuple>();
+    requests.push_back({t[0].cast<uint32_t>(), t[1].cast<uint32_t>(),
+                        reinterpret_cast<void*>(t[2].cast<uintptr_t>()), source(t[3])});
+  }
+  Options o = options(threads, verify, std::move(inflate));
+  py::gil_scoped_release release;
+  f->decode(requests, o);
+}
+
+py::bytes read_plane(const BufferFile& f, uint32_t plane, py::object inflate) {
+  if (plane >= f.index().planes.size()) throw py::index_error();
+  std::string out(f.index().planes[plane].raw_size, '\0');
+  Options o = options(1, true, std::move(inflate));
+  {
+    py::gil_scoped_release release;
+    f->read_plane(plane, reinterpret_cast<uint8_t*>(out.data()), o);
+  }
+  return out;
+}
+
+py::list verify(const BufferFile& f, unsigned threads) {
+  Options o = options(threads, true, py::none());
+  std::vector<Damage> damage;
+  {
+    py::gil_scoped_release release;
+    damage = f->verify(o);
+  }
+  py::list out;
+  for (const Damage& d : damage) out.append(py::make_tuple(d.plane, d.block));
+  return out;
+}
+
+}  // namespace
+}  // namespace tallcodec
+
+PYBIND11_MODULE(_core, m) {
+  using namespace tallcodec;
+  py::register_exception_translator(translate);
+  m.attr("NONE") = kNone;
+  m.attr("SCOPE_BASE") = kScopeBase;
+  m.attr("SCOPE_FILE") = kScopeFile;
+  bind_kernels(m);
+
+  py::class_<Encoder>(m, "Encoder")
+      .def(py::init([](int fd, std::string label, std::string writer, int scale, int storage) {
+        return new Encoder(fd, std::move(label), std::move(writer), ScaleMode(scale),
+                           BaseStorage(storage));
+      }))
+      .def("add_task", &Encoder::add_task)
+      .def("add_tensor",
+           [](Encoder& e, std::string name, bool in_base, int dtype, std::vector<uint64_t> shape,
+              int shared_dtype, const py::object& base, uint32_t alias) {
+             return e.add_tensor(std::move(name), in_base, DType(dtype), std::move(shape),
+                                 DType(shared_dtype), source(base), alias);
+           })
+      .def("set_entry",
+           [](Encoder& e, uint32_t task, uint32_t tensor, int coding, int dtype,
+              std::vector<uint64_t> shape, int reason, const py::object& from) {
+             e.set_entry(task, tensor, Coding(coding), DType(dtype), std::move(shape),
+                         Reason(reason), source(from));
+           })
+      .def("run",
+           [](Encoder& e, unsigned threads) {
+             Options o = options(threads, true, py::none());
+             py::gil_scoped_release release;
+             e.run(o);
+           })
+      .def("verbatim",
+           [](const Encoder& e) {
+             std::vector<std::pair<uint32_t, uint32_t>> out;
+             for (auto p : e.verbatim()) out.emplace_back(p.task, p.tensor);
+             return out;
+           })
+      .def("append_verbatim",
+           [](Encoder& e, uint32_t task, uint32_t tensor, bool zstd, const py::buffer& bytes,
+              uint64_t raw_size) {
+             py::buffer_info info = bytes.request();
+             std::string_view view(static_cast<const char*>(info.ptr), info.size * info.itemsize);
+             py::gil_scoped_release release;
+             e.append_verbatim(task, tensor, zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, view,
+                               raw_size);
+           })
+      .def("append_file_plane",
+           [](Encoder& e, bool zstd, std::string_view bytes, uint64_t raw_size) {
+             return e.append_file_plane(zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, bytes,
+                                        raw_size);
+           })
+      .def("add_file", &Encoder::add_file)
+      .def("add_metadata", &Encoder::add_metadata)
+      .def("finish", &Encoder::finish, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<BufferFile>(m, "File")
+      .def(py::init<std::string, const py::buffer&>())
+      .def("header", header)
+      .def("tasks", tasks)
+      .def("tensors", tensors)
+      .def("entries", entries)
+      .def("planes", planes)
+      .def("files", files)
+      .def("metadata", metadata)
+      .def("find_task", [](const BufferFile& f, std::string_view name) { return f->find_task(name); })
+      .def("find_tensor",
+           [](const BufferFile& f, std::string_view name) { return f->find_tensor(name); })
+      .def("names",
+           [](const BufferFile& f, uint32_t task) {
+             py::list names;
+             for (uint32_t i = 0; i < f.index().tensors.size(); ++i) {
+               if (f->has(task, i)) names.append(string(f.index(), f.index().tensors[i].name));
+             }
+             return names;
+           })
+      .def("info",
+           [](const BufferFile& f, uint32_t task, uint32_t tensor) {
+             TensorInfo i = f->info(task, tensor);
+             return py::make_tuple(int(i.dtype), shape(i.shape.data(), i.shape.size()), i.nbytes);
+           })
+      .def("ranges",
+           [](const BufferFile& f, uint32_t task, uint32_t tensor) {
+             std::vector<std::pair<uint64_t, uint64_t>> out;
+             for (auto r : f->ranges(task, tensor)) out.emplace_back(r.offset, r.size);
+             return out;
+           })
+      .def("needs_base", [](const BufferFile& f, uint32_t task,
+                            uint32_t tensor) { return f->needs_base(task, tensor); })
+      .def("decode", decode, py::arg("requests"), py::arg("threads"), py::arg("verify"),
+           py::arg("inflate"))
+      .def("read_plane", read_plane)
+      .def("verify", verify)
+      .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); });
+}

@@ -1,0 +1,52 @@
+// Checkpoints to a `.tall` file: first what every tensor becomes, then one pass over the values.
+#pragma once
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "format.h"
+#include "kernels.h"
+
+namespace tallcodec {
+
+// Writes one file. Calls in this order: add_task and add_tensor, set_entry, run, append_*, finish.
+// Throws Error; what was written to the file by then is to be thrown away.
+class Encoder {
+ public:
+  // `fd` is an empty file, open for reading and writing; `label` names it in messages.
+  Encoder(int fd, std::string label, std::string writer, ScaleMode scale, BaseStorage storage);
+  ~Encoder();
+
+  uint32_t add_task(std::string name, float threshold);
+  // Tensors are added in ascending order of their names; every task's entry begins as absent.
+  // A tensor that the base lacks has no dtype, no shape and no source.
+  uint32_t add_tensor(std::string name, bool in_base, DType dtype, std::vector<uint64_t> shape,
+                      DType shared_dtype, Source base, uint32_t alias);
+  // `source` is read by run() for Coding::Mask only.
+  void set_entry(uint32_t task, uint32_t tensor, Coding coding, DType dtype,
+                 std::vector<uint64_t> shape, Reason reason, Source source);
+
+  // Places the planes, reads base and tasks once, writes base, shared and mask planes. Tasks whose
+  // tensor proves to hold NaN or infinity become verbatim; such a tensor alone is read again.
+  void run(const Options& options);
+
+  struct Pending {
+    uint32_t task, tensor;
+  };
+  std::vector<Pending> verbatim() const;  // the entries whose plane is to be appended
+  void append_verbatim(uint32_t task, uint32_t tensor, PlaneCoding coding, std::string_view bytes,
+                       uint64_t raw_size);
+  uint32_t append_file_plane(PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
+  void add_file(uint32_t scope, std::string name, uint32_t plane);
+  void add_metadata(uint32_t scope, std::string key, std::string value);
+
+  uint64_t finish();  // writes the index and, last of all, the header; gives the file's size
+
+ private:
+  struct Draft;
+  std::unique_ptr<Draft> draft_;
+};
+
+}  // namespace tallcodec

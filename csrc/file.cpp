@@ -1,0 +1,427 @@
+// An open file: planes and kernels to tensors.
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
+#include "format.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "text.h"
+
+namespace tallcodec {
+namespace {
+
+constexpr uint64_t kCopyChunk = 32 * kSumBlock;  // bytes decoded at a time where nothing is computed
+
+std::string name(const Index& index, uint32_t tensor) {
+  return text("tensor '", index.text(index.tensors[tensor].name), "'");
+}
+
+uint32_t follow_alias(const Index& index, uint32_t tensor) {
+  uint32_t alias = index.tensors[tensor].alias;
+  return alias == kNone ? tensor : alias;
+}
+
+// The planes that decoding a tensor reads.
+std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tensor) {
+  tensor = follow_alias(index, tensor);
+  const TensorRecord& t = index.tensors[tensor];
+  const EntryRecord* e = task == kNone ? nullptr : &index.entry(task, tensor);
+  std::vector<uint32_t> planes;
+  auto use = [&](uint32_t plane) {
+    if (plane != kNone) planes.push_back(plane);
+  };
+  if (!e || e->coding == Coding::Base || e->coding == Coding::Mask) use(t.base_plane);
+  if (e && e->coding == Coding::Mask) {
+    use(t.shared_plane);
+    use(t.shared_scales_plane);
+  }
+  if (e && (e->coding == Coding::Mask || e->coding == Coding::Verbatim)) {
+    use(e->plane);
+    use(e->scales_plane);
+  }
+  return planes;
+}
+
+// A plane's bytes and checksums. Those of an external one are the caller's, and end without padding.
+struct PlaneBytes {
+  const PlaneRecord* record = nullptr;
+  uint32_t id = kNone;
+  Source source;
+
+  uint64_t size() const {
+    return record->coding == PlaneCoding::External ? record->raw_size : align64(record->size);
+  }
+};
+
+// One tensor on its way out.
+struct Job {
+  const Request* request;
+  uint32_t tensor;     // aliases followed
+  Coding coding;       // as the base, mask or verbatim
+  PlaneBytes copied;   // all but mask: what the tensor is
+  PlaneBytes base, shared, shared_scales, mask, row_scales;
+  DecodeBlock block{};  // the types and the scale
+  uint64_t elements = 0, row_length = 0;
+
+  uint64_t parts() const {
+    if (coding == Coding::Mask) return (elements + kUnit - 1) / kUnit;
+    if (!copied.record) return 0;  // no elements
+    if (copied.record->coding == PlaneCoding::Zstd) return 1;
+    return (copied.record->raw_size + kCopyChunk - 1) / kCopyChunk;
+  }
+};
+
+class Decoder {
+ public:
+  Decoder(const File& file, const File::Fetch& fetch, const Options& options)
+      : file_(file),
+        index_(file.index()),
+        fetch_(fetch),
+        options_(options),
+        kernels_(options.kernels ? *options.kernels : *find_kernels()),
+        buffers_(options.threads) {}
+
+  PlaneBytes stored_plane(uint32_t id) const {
+    const PlaneRecord& p = index_.planes[id];
+    if (p.coding == PlaneCoding::External) return {&p, id, {}};
+    return {&p, id, Source{fetch_(p.offset, align64(p.size))}};
+  }
+
+  Job job(const Request& request) const {
+    Job j{};
+    j.request = &request;
+    j.tensor = follow_alias(index_, request.tensor);
+    const TensorRecord& t = index_.tensors[j.tensor];
+    j.elements = index_.elements(t.dims, t.rank);
+    const EntryRecord* e = request.task == kNone ? nullptr : &index_.entry(request.task, j.tensor);
+    j.coding = e ? e->coding : Coding::Base;
+    switch (j.coding) {
+      case Coding::Base:
+        if (t.base_plane != kNone) j.copied = base_plane(request, t.base_plane);
+        break;
+      case Coding::Verbatim:
+        if (e->plane != kNone) j.copied = stored_plane(e->plane);
+        break;
+      default:
+        j.base = base_plane(request, t.base_plane);
+        j.shared = raw_plane(t.shared_plane);
+        j.mask = raw_plane(e->plane);
+        if (t.shared_scales_plane != kNone) j.shared_scales = raw_plane(t.shared_scales_plane);
+        if (e->scales_plane != kNone) j.row_scales = raw_plane(e->scales_plane);
+        j.row_length = j.row_scales.record ? j.elements / index_.rows(t) : j.elements;
+        j.block.base_dtype = t.dtype;
+        j.block.shared_dtype = t.shared_dtype;
+        j.block.out_dtype = e->dtype;
+        j.block.scale = e->scale;
+    }
+    return j;
+  }
+
+  void run(const std::vector<Job>& jobs) {
+    struct Item {
+      const Job* job;
+      uint64_t part;
+    };
+    std::vector<Item> items;
+    for (const Job& job : jobs) {
+      for (uint64_t part = 0; part < job.parts(); ++part) items.push_back({&job, part});
+    }
+    parallel_for(items.size(), options_.threads, options_.poll, [&](uint64_t i, unsigned worker) {
+      const auto& [job, part] = items[i];
+      if (job->coding == Coding::Mask) {
+        decode_unit(*job, part, buffers_[worker]);
+      } else {
+        copy(job->copied, part, static_cast<uint8_t*>(job->request->out), buffers_[worker]);
+      }
+    });
+  }
+
+  // Part `part` of a plane on which nothing is computed.
+  void copy(const PlaneBytes& plane, uint64_t part, uint8_t* out,
+            std::vector<uint8_t>& buffer) const {
+    const PlaneRecord& p = *plane.record;
+    if (p.coding == PlaneCoding::Zstd) {
+      check(plane, plane.source.memory, 0, p.size);
+      if (!options_.inflate) {
+        throw Error(Status::Argument, text(file_.label(), ": ", file_.describe(plane.id),
+                                           " is a zstd frame, and no decompressor was given"));
+      }
+      options_.inflate(plane.source.memory, p.size, out, p.raw_size);
+      return;
+    }
+    uint64_t begin = part * kCopyChunk, end = std::min(begin + kCopyChunk, p.raw_size);
+    for (uint64_t at = begin; at < end; at += kSumBlock) {
+      uint64_t size = std::min(kSumBlock, end - at);
+      const uint8_t* bytes = view(plane, at, size, buffer);
+      check(plane, bytes, at, size);
+      std::memcpy(out + at, bytes, size);
+    }
+  }
+
+  // The checksum of block `block` of a plane whose bytes from that block's beginning are given.
+  bool intact(const PlaneBytes& plane, uint64_t block, const uint8_t* bytes) const {
+    uint64_t size = std::min(kSumBlock, plane.size() - block * kSumBlock);
+    uint64_t expected = index_.sums[plane.record->first_sum + block];
+    if (size % kAlign == 0) return kernels_.hash(bytes, size) == expected;
+    std::vector<uint8_t> padded(align64(size));
+    std::memcpy(padded.data(), bytes, size);
+    return kernels_.hash(padded.data(), padded.size()) == expected;
+  }
+
+ private:
+  PlaneBytes base_plane(const Request& request, uint32_t id) const {
+    PlaneBytes plane = raw_plane(id);
+    if (plane.record->coding == PlaneCoding::External) {
+      if (!request.base) {
+        throw Error(Status::BaseMismatch, text(file_.label(), " only references its base, and none was given: ",
+                                               "pass the base checkpoint it was encoded against"));
+      }
+      plane.source = request.base;
+    }
+    return plane;
+  }
+
+  PlaneBytes raw_plane(uint32_t id) const {
+    PlaneBytes plane = stored_plane(id);
+    if (plane.record->coding == PlaneCoding::Zstd || plane.record->coding > PlaneCoding::External) {
+      throw Error(Status::Version, text(file_.label(), ": ", file_.describe(id), " has coding ",
+                                        int(plane.record->coding), ", which needs a newer tallcodec"));
+    }
+    return plane;
+  }
+
+  const uint8_t* view(const PlaneBytes& plane, uint64_t at, uint64_t size,
+                      std::vector<uint8_t>& buffer) const {
+    try {
+      return plane.source.view(at, size, buffer);
+    } catch (const Error& e) {
+      throw Error(e.status, text("base, ", file_.describe(plane.id), ": ", e.message),
+                  e.system_error);
+    }
+  }
+
+  // Checks the checksum blocks that [at, at + size) touches. `bytes` is where `at` lies; `at` begins a
+  // block where the plane is external.
+  void check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const {
+    if (!options_.verify) return;
+    uint64_t end = at + size;
+    for (uint64_t block = at / kSumBlock; block * kSumBlock < end; ++block) {
+      if (intact(plane, block, bytes + static_cast<int64_t>(block * kSumBlock - at))) continue;
+      if (plane.record->coding == PlaneCoding::External) {
+        throw Error(Status::BaseMismatch,
+                    text(file_.label(), ": the base that was given is not the one the file was ",
+                         "encoded against: it differs in ", file_.describe(plane.id)));
+      }
+      throw Error(Status::Checksum, text(file_.label(), ": damaged: wrong checksum in the ",
+                                         file_.describe(plane.id), ", block ", block));
+    }
+  }
+
+  void decode_unit(const Job& job, uint64_t unit, std::vector<uint8_t>& buffer) const {
+    const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
+    const uint32_t base_size = size_of(job.block.base_dtype);
+    const uint32_t shared_size = size_of(job.block.shared_dtype);
+    // Whole checksum blocks of base and shared, small enough to stay in cache from check to kernel.
+    const uint64_t step = kSumBlock / std::min(base_size, shared_size);
+    auto part = [&](const PlaneBytes& plane, uint64_t begin, uint64_t stop) {
+      const uint8_t* bytes = plane.source.memory + begin;
+      check(plane, bytes, begin, stop - begin);
+      return bytes;
+    };
+    const uint8_t* mask = part(job.mask, first / 8, (end + 7) / 8);
+    const float* shared_scales = nullptr;
+    if (job.shared_scales.record) {
+      shared_scales = reinterpret_cast<const float*>(
+          part(job.shared_scales, first / kScaleBlock * 4, (end + kScaleBlock - 1) / kScaleBlock * 4));
+    }
+    const float* row_scales = nullptr;
+    const uint64_t first_row = first / job.row_length;
+    if (job.row_scales.record) {
+      uint64_t rows_end = (end - 1) / job.row_length + 1;
+      row_scales =
+          reinterpret_cast<const float*>(part(job.row_scales, first_row * 4, rows_end * 4));
+    }
+
+    for (uint64_t at = first; at < end; at += step) {
+      uint64_t stop = std::min(at + step, end);
+      const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffer);
+      check(job.base, base, at * base_size, (stop - at) * base_size);
+      const uint8_t* shared = part(job.shared, at * shared_size, stop * shared_size);
+
+      for (uint64_t i = at; i < stop;) {
+        uint64_t row = i / job.row_length, row_end = std::min((row + 1) * job.row_length, stop);
+        DecodeBlock block = job.block;
+        block.n = row_end - i;
+        block.phase = i % kScaleBlock;
+        block.base = base + (i - at) * base_size;
+        block.shared = shared + (i - at) * shared_size;
+        block.mask = mask + (i - block.phase - first) / 8;
+        if (shared_scales) block.shared_scales = shared_scales + (i - block.phase - first) / kScaleBlock;
+        if (row_scales) block.scale = row_scales[row - first_row];
+        block.out = static_cast<uint8_t*>(job.request->out) + i * size_of(block.out_dtype);
+        kernels_.decode(block);
+        i = row_end;
+      }
+    }
+  }
+
+  const File& file_;
+  const Index& index_;
+  const File::Fetch& fetch_;
+  const Options& options_;
+  const Kernels& kernels_;
+  std::vector<std::vector<uint8_t>> buffers_;  // one per worker
+};
+
+}  // namespace
+
+File::File(std::string label, uint64_t file_size, Fetch fetch)
+    : label_(std::move(label)), fetch_(std::move(fetch)) {
+  uint64_t head = std::min<uint64_t>(file_size, sizeof(Header));
+  Slot slot = read_header(label_, head ? fetch_(0, head) : nullptr, head, file_size);
+  index_ = std::make_shared<Index>(
+      read_index(label_, fetch_(slot.index_offset, slot.index_size), slot.index_size, slot));
+}
+
+uint32_t File::find_task(std::string_view name) const {
+  std::string known;
+  for (uint32_t i = 0; i < index_->tasks.size(); ++i) {
+    std::string_view have = index_->text(index_->tasks[i].name);
+    if (have == name) return i;
+    known += text(i ? ", " : "", "'", have, "'");
+  }
+  throw Error(Status::TaskNotFound, text(label_, " has no task '", name, "'; it has ",
+                                         known.empty() ? "none" : known));
+}
+
+uint32_t File::find_tensor(std::string_view name) const {
+  const auto& all = index_->tensors;
+  auto it = std::lower_bound(all.begin(), all.end(), name, [&](const TensorRecord& t, auto wanted) {
+    return index_->text(t.name) < wanted;
+  });
+  if (it == all.end() || index_->text(it->name) != name) {
+    throw Error(Status::TensorNotFound, text(label_, " has no tensor '", name, "'"));
+  }
+  return static_cast<uint32_t>(it - all.begin());
+}
+
+bool File::has(uint32_t task, uint32_t tensor) const {
+  tensor = follow_alias(*index_, tensor);
+  if (task == kNone) return index_->tensors[tensor].in_base;
+  return index_->entry(task, tensor).coding != Coding::Absent;
+}
+
+TensorInfo File::info(uint32_t task, uint32_t tensor) const {
+  uint32_t target = follow_alias(*index_, tensor);
+  const TensorRecord& t = index_->tensors[target];
+  DType dtype = t.dtype;
+  uint32_t dims = t.dims;
+  uint8_t rank = t.rank;
+  if (!has(task, tensor)) {
+    throw Error(Status::TensorNotFound,
+                text(label_, ": ", task == kNone ? std::string("the base") : text("task '", index_->text(index_->tasks[task].name), "'"),
+                     " has no ", name(*index_, tensor)));
+  }
+  if (task != kNone) {
+    const EntryRecord& e = index_->entry(task, target);
+    if (e.coding > Coding::Absent) {
+      throw Error(Status::Version, text(label_, ": ", name(*index_, tensor), " of task '",
+                                        index_->text(index_->tasks[task].name), "' has coding ",
+                                        int(e.coding), ", which needs a newer tallcodec"));
+    }
+    dtype = e.dtype;
+    dims = e.dims;
+    rank = e.rank;
+  }
+  const uint64_t* shape = index_->dims.data() + dims;
+  return {dtype, {shape, shape + rank}, index_->elements(dims, rank) * size_of(dtype)};
+}
+
+std::vector<Range> File::ranges(uint32_t task, uint32_t tensor) const {
+  std::vector<Range> ranges;
+  for (uint32_t plane : planes_of(*index_, task, tensor)) {
+    const PlaneRecord& p = index_->planes[plane];
+    if (p.coding != PlaneCoding::External) ranges.push_back({p.offset, align64(p.size)});
+  }
+  return ranges;
+}
+
+bool File::needs_base(uint32_t task, uint32_t tensor) const {
+  auto planes = planes_of(*index_, task, tensor);
+  return std::any_of(planes.begin(), planes.end(), [&](uint32_t plane) {
+    return index_->planes[plane].coding == PlaneCoding::External;
+  });
+}
+
+void File::decode(const std::vector<Request>& requests, const Options& options) const {
+  Decoder decoder(*this, fetch_, options);
+  std::vector<Job> jobs;
+  for (const Request& request : requests) {
+    info(request.task, request.tensor);  // refuses what is absent or of a newer writer
+    jobs.push_back(decoder.job(request));
+  }
+  decoder.run(jobs);
+}
+
+void File::read_plane(uint32_t plane, uint8_t* out, const Options& options) const {
+  std::vector<uint8_t> unused;
+  Decoder decoder(*this, fetch_, options);
+  PlaneBytes bytes = decoder.stored_plane(plane);
+  Job job{};
+  job.copied = bytes;
+  for (uint64_t part = 0; part < job.parts(); ++part) decoder.copy(bytes, part, out, unused);
+}
+
+std::vector<Damage> File::verify(const Options& options) const {
+  Decoder decoder(*this, fetch_, options);
+  struct Item {
+    PlaneBytes plane;
+    uint64_t block;
+  };
+  std::vector<Item> items;
+  for (uint32_t id = 0; id < index_->planes.size(); ++id) {
+    if (index_->planes[id].coding == PlaneCoding::External) continue;
+    PlaneBytes plane = decoder.stored_plane(id);
+    for (uint64_t b = 0; b * kSumBlock < plane.size(); ++b) items.push_back({plane, b});
+  }
+  std::vector<Damage> damage;
+  std::mutex mutex;
+  parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+    const auto& [plane, block] = items[i];
+    if (decoder.intact(plane, block, plane.source.memory + block * kSumBlock)) return;
+    std::lock_guard lock(mutex);
+    damage.push_back({plane.id, block});
+  });
+  std::sort(damage.begin(), damage.end(), [](const Damage& a, const Damage& b) {
+    return a.plane != b.plane ? a.plane < b.plane : a.block < b.block;
+  });
+  return damage;
+}
+
+std::string File::describe(uint32_t plane) const {
+  for (uint32_t i = 0; i < index_->tensors.size(); ++i) {
+    const TensorRecord& t = index_->tensors[i];
+    if (t.base_plane == plane) return text("base plane of ", name(*index_, i));
+    if (t.shared_plane == plane) return text("shared plane of ", name(*index_, i));
+    if (t.shared_scales_plane == plane) return text("shared vector's scales of ", name(*index_, i));
+    if (t.alias != kNone) continue;
+    for (uint32_t k = 0; k < index_->tasks.size(); ++k) {
+      const EntryRecord& e = index_->entry(k, i);
+      if (e.coding == Coding::Absent) continue;
+      const char* kind = e.plane == plane ? (e.coding == Coding::Mask ? "mask" : "verbatim plane")
+                         : e.scales_plane == plane ? "scales per row"
+                                                   : nullptr;
+      if (kind && plane != kNone) {
+        return text(kind, " of ", name(*index_, i), ", task '",
+                    index_->text(index_->tasks[k].name), "'");
+      }
+    }
+  }
+  for (const FileRecord& f : index_->files) {
+    if (f.plane == plane) return text("file '", index_->text(f.name), "'");
+  }
+  return text("plane ", plane);
+}
+
+}  // namespace tallcodec

@@ -1,0 +1,29 @@
+// Bytes from memory or from a file descriptor.
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "tallcodec.h"
+#include "text.h"
+
+namespace tallcodec {
+
+const uint8_t* Source::view(uint64_t position, uint64_t size, std::vector<uint8_t>& buffer) const {
+  if (memory) return memory + position;
+  if (buffer.size() < size) buffer.resize(size);
+  for (uint64_t done = 0; done < size;) {
+    ssize_t got = ::pread(fd, buffer.data() + done, size - done,
+                          static_cast<off_t>(offset + position + done));
+    if (got > 0) {
+      done += static_cast<uint64_t>(got);
+    } else if (got == 0) {
+      throw Error(Status::Read, "the file ends early; was it changed while being read?");
+    } else if (errno != EINTR) {
+      throw Error(Status::Read, std::strerror(errno), errno);
+    }
+  }
+  return buffer.data();
+}
+
+}  // namespace tallcodec

@@ -1,0 +1,114 @@
+// tallcodec for C++ programs: open a `.tall` file, ask what it holds, decode into your own memory.
+#pragma once
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "dtype.h"
+
+namespace tallcodec {
+
+struct Index;
+
+struct Kernels;
+
+constexpr uint32_t kNone = 0xFFFFFFFF;
+
+enum class Status {
+  Argument, Checkpoint, Format, Version, Checksum, BaseMismatch, TaskNotFound, TensorNotFound, Read, Write
+};
+
+// The one exception the core throws (beside std::bad_alloc). system_error is an errno, or 0.
+class Error : public std::exception {
+ public:
+  Error(Status status, std::string message, int system_error = 0)
+      : status(status), message(std::move(message)), system_error(system_error) {}
+  const char* what() const noexcept override { return message.c_str(); }
+
+  Status status;
+  std::string message;
+  int system_error;
+};
+
+// Bytes somewhere else: in memory, or in a file that is read with pread.
+struct Source {
+  const uint8_t* memory = nullptr;
+  int fd = -1;
+  uint64_t offset = 0;
+
+  explicit operator bool() const { return memory || fd >= 0; }
+  // Bytes [position, position + size): a pointer into memory, or `buffer` filled from the file.
+  // Throws Error(Status::Read).
+  const uint8_t* view(uint64_t position, uint64_t size, std::vector<uint8_t>& buffer) const;
+};
+
+struct Range {
+  uint64_t offset, size;
+};
+
+// What a task has under a name.
+struct TensorInfo {
+  DType dtype;
+  std::vector<uint64_t> shape;
+  uint64_t nbytes;
+};
+
+struct Request {
+  uint32_t task;    // kNone: the base
+  uint32_t tensor;
+  void* out;        // TensorInfo::nbytes bytes
+  Source base{};    // the base's tensor, where the file only references its base
+};
+
+struct Options {
+  unsigned threads = 1;
+  bool verify = true;                // check every block that is used against its checksum
+  const Kernels* kernels = nullptr;  // null: the best this CPU runs
+  std::function<void()> poll;        // called now and then by the calling thread; may throw
+  // Decompresses one zstd frame into exactly raw_size bytes. Needed for zstd planes only.
+  std::function<void(const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size)> inflate;
+};
+
+struct Damage {
+  uint32_t plane;
+  uint64_t block;
+};
+
+// An open file. Immutable; any number of threads may use it at once.
+class File {
+ public:
+  // Gives the bytes [offset, offset + size) of the file, valid for as long as the File is.
+  using Fetch = std::function<const uint8_t*(uint64_t offset, uint64_t size)>;
+
+  // Reads header and index. `label` names the file in messages.
+  File(std::string label, uint64_t file_size, Fetch fetch);
+
+  const Index& index() const { return *index_; }
+  const std::string& label() const { return label_; }
+  uint32_t find_task(std::string_view name) const;    // throws Error(Status::TaskNotFound)
+  uint32_t find_tensor(std::string_view name) const;  // throws Error(Status::TensorNotFound)
+  bool has(uint32_t task, uint32_t tensor) const;     // task kNone: the base
+  TensorInfo info(uint32_t task, uint32_t tensor) const;
+  // The byte ranges of the file that decoding the tensor reads.
+  std::vector<Range> ranges(uint32_t task, uint32_t tensor) const;
+  bool needs_base(uint32_t task, uint32_t tensor) const;  // a Source in the Request
+
+  void decode(const std::vector<Request>& requests, const Options& options) const;
+  // The decoded bytes of a plane of kind file.
+  void read_plane(uint32_t plane, uint8_t* out, const Options& options) const;
+  // Every block of the file that does not match its checksum.
+  std::vector<Damage> verify(const Options& options) const;
+  // What a plane belongs to, for messages: "mask of tensor 'a', task 'b'".
+  std::string describe(uint32_t plane) const;
+
+ private:
+  std::string label_;
+  Fetch fetch_;
+  std::shared_ptr<const Index> index_;
+};
+
+}  // namespace tallcodec

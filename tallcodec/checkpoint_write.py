@@ -1,0 +1,362 @@
+"""Checkpoints out: safetensors files, torch files and Hugging Face folders, written atomically."""
+
+import errno
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .checkpoint import DTYPES, TORCH_SUFFIXES, is_side_file, torch_dtype
+from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
+Fill = Callable[[dict[str, np.ndarray]], None]
+
+_BATCH_BYTES = 64 << 20
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}
+_WEIGHTS_NAME = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+)
+
+
+def write_checkpoint(
+    path: str | os.PathLike,
+    specs: Specs,
+    fill: Fill,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a checkpoint, of the kind its path asks for; returns the paths of the files written.
+
+    `.safetensors` is one safetensors file; `.pt`, `.pth`, `.bin` and `.ckpt` are a torch file with
+    a plain dict (which needs torch, and the whole checkpoint in memory); any other path, one that
+    ends with a slash, and an existing folder are a Hugging Face folder.
+
+    ``specs`` maps each tensor's name to its safetensors dtype and its shape. ``fill`` is called
+    with batches of them, name -> uint8 array of shape ``(nbytes,)``, C-contiguous, valid during
+    the call, and must fill every byte; a batch has at most 64 MiB, or one larger tensor.
+    ``metadata`` goes into safetensors' ``__metadata__`` (a folder's says ``format: pt`` if nothing
+    else, since transformers demands it). ``files`` are a folder's side files; other kinds have no
+    place for them. ``max_shard_size`` ("5GB", or bytes) splits a folder's weights into shards.
+
+    The files appear complete or not at all; only where a folder is overwritten do they replace the
+    old ones one by one. Raises OutputExistsError, WriteError (``errno`` and ``filename`` say
+    which), ArgumentError, and whatever ``fill`` raises.
+    """
+    for name, (dtype, _) in specs.items():
+        if dtype not in DTYPES:
+            raise ArgumentError(f"tensor {name!r}: unknown dtype {dtype!r}")
+        if name == "__metadata__":
+            raise ArgumentError("safetensors files cannot hold a tensor named __metadata__")
+    as_folder = os.fspath(path).endswith("/") or os.path.isdir(path)
+    path = Path(path)
+    if not as_folder and path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        if max_shard_size is not None:
+            raise ArgumentError(f"{path}: max_shard_size is for folders, not for a single file")
+        with atomic_file(path, overwrite) as file:
+            if path.suffix == ".safetensors":
+                _write_safetensors(file, specs, fill, metadata or {})
+            else:
+                _write_torch(file, specs, fill)
+        return [path]
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    return _write_folder(path, specs, fill, metadata or {}, files or {}, limit, overwrite)
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes from 5000, "5000", "500MB" (powers of 1000) or "1.5GiB" (of 1024)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?I?B|)", str(size).strip().upper())
+    nbytes = int(Decimal(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if nbytes < 1:
+        raise ArgumentError(f"not a size: {size!r}; expected a number of bytes, or like '5GB'")
+    return nbytes
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A new binary file, open for writing and reading, that appears under ``path`` when complete.
+
+    The file is written beside ``path``; when the block ends it is synced to disk and renamed.
+    When the block raises, nothing is left and what was at ``path`` is as it was. Whoever writes
+    through ``fileno()`` leaves the buffered ``write()`` alone, or flushes first.
+
+    Raises OutputExistsError when ``path`` exists and ``overwrite`` is false, even if it came to
+    exist meanwhile, or when it is not a regular file; WriteError for the operating system's.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        if not overwrite:
+            raise _exists_error(path)
+        if not path.is_file():
+            raise OutputExistsError(f"{path}: exists and is not a regular file: remove it yourself")
+    temporary = _temporary_sibling(path)
+    with _write_errors(path):
+        try:
+            with _synced_file(temporary) as file:
+                yield file
+            _place(temporary, path, overwrite)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+# Files
+
+
+def _write_safetensors(
+    file: BinaryIO, specs: Specs, fill: Fill, metadata: Mapping[str, str]
+) -> None:
+    """The safetensors format, its tensors sorted by falling item size so that all are aligned."""
+    names = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        begin, end = end, end + _nbytes(specs[name])
+        dtype, shape = specs[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    batches = list(_batches(names, specs))
+    largest = max((sum(_nbytes(specs[name]) for name in batch) for batch in batches), default=0)
+    memory = np.empty(largest, np.uint8)
+    for batch in batches:
+        ends = list(itertools.accumulate(_nbytes(specs[name]) for name in batch))
+        starts = [0, *ends]
+        fill({name: memory[a:b] for name, a, b in zip(batch, starts, ends)})
+        file.write(memory[: ends[-1]])
+
+
+def _batches(names: list[str], specs: Specs) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        size += _nbytes(specs[name])
+        if batch and size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], _nbytes(specs[name])
+        batch.append(name)
+    if batch:
+        yield batch
+
+
+def _write_torch(file: BinaryIO, specs: Specs, fill: Fill) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ArgumentError(
+            "writing a torch file needs PyTorch: install torch, or write .safetensors"
+        ) from error
+    memories = {name: torch.empty(_nbytes(specs[name]), dtype=torch.uint8) for name in specs}
+    fill({name: memory.numpy() for name, memory in memories.items()})
+    state_dict = {
+        name: memory.view(torch_dtype(specs[name][0])).reshape(specs[name][1])
+        for name, memory in memories.items()
+    }
+    try:
+        torch.save(state_dict, file)
+    except RuntimeError as error:  # torch hides the operating system's error behind its own
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = spec
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+# Folders
+
+
+def _write_folder(
+    path: Path,
+    specs: Specs,
+    fill: Fill,
+    metadata: Mapping[str, str],
+    files: Mapping[str, bytes],
+    limit: int | None,
+    overwrite: bool,
+) -> list[Path]:
+    for name in files:
+        if not is_side_file(name):
+            raise ArgumentError(f"{name!r} is not the name of a side file of a checkpoint")
+    target = Path(os.path.realpath(path))
+    exists = os.path.lexists(target)
+    if exists and not target.is_dir():
+        raise OutputExistsError(f"{path}: exists and is not a folder: choose another path")
+    if exists and not overwrite and any(target.iterdir()):
+        raise _exists_error(path)
+
+    # Inside of an existing folder, since that may be another file system than its parent.
+    staging = _temporary_sibling(target / "tallcodec" if exists else target)
+    with _write_errors(path):
+        try:
+            staging.mkdir()
+            names = _write_folder_files(staging, specs, fill, metadata, files, limit)
+            _sync_folder(staging)
+            if exists:
+                _move_files(staging, target, names, overwrite)
+            else:
+                _rename_folder(staging, target)
+            _sync_folder(target if exists else target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return [path / name for name in names]
+
+
+def _write_folder_files(
+    folder: Path,
+    specs: Specs,
+    fill: Fill,
+    metadata: Mapping[str, str],
+    files: Mapping[str, bytes],
+    limit: int | None,
+) -> list[str]:
+    """Write all files of a folder; returns their names, weights first."""
+    shards = _split(specs, limit)
+    if len(shards) == 1:
+        weights = ["model.safetensors"]
+    else:
+        count = len(shards)
+        weights = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for name, shard in zip(weights, shards):
+        with _synced_file(folder / name) as file:
+            shard_specs = {tensor: specs[tensor] for tensor in shard}
+            _write_safetensors(file, shard_specs, fill, {"format": "pt", **metadata})
+    others = dict(sorted(files.items()))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(_nbytes, specs.values()))},
+            "weight_map": {tensor: w for w, shard in zip(weights, shards) for tensor in shard},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        others = {"model.safetensors.index.json": text.encode(), **others}
+    for name, data in others.items():
+        with _synced_file(folder / name) as file:
+            file.write(data)
+    return [*weights, *others]
+
+
+def _split(specs: Specs, limit: int | None) -> list[list[str]]:
+    """Names in order, cut into shards of at most ``limit`` bytes or one larger tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(specs):
+        size += _nbytes(specs[name])
+        if limit is not None and size > limit and shards[-1]:
+            shards.append([])
+            size = _nbytes(specs[name])
+        shards[-1].append(name)
+    return shards
+
+
+def _rename_folder(staging: Path, target: Path) -> None:
+    try:
+        os.rename(staging, target)  # refuses everything but an empty folder
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise _exists_error(target) from error
+        raise
+
+
+def _move_files(staging: Path, target: Path, names: list[str], overwrite: bool) -> None:
+    """Move files into an existing folder, weights first, and remove the weights they replace."""
+    moved = []
+    try:
+        for name in names:
+            _place(staging / name, target / name, overwrite)
+            moved.append(name)
+    except BaseException:
+        if not overwrite:  # then every one of them is new
+            for name in moved:
+                (target / name).unlink()
+        raise
+    for name in os.listdir(target):
+        if _WEIGHTS_NAME.fullmatch(name) and name not in names:
+            (target / name).unlink()
+
+
+# The file system
+
+
+@contextmanager
+def _synced_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, with the permissions the umask leaves, that is on disk when the block ends."""
+    with open(path, "x+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _place(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a complete file its name; without ``overwrite``, only if nothing has that name."""
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)  # unlike a rename, it never replaces
+    except FileExistsError as error:
+        raise _exists_error(path) from error
+    except OSError:  # a file system without links: claim the name, then replace what we own
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC))
+        except FileExistsError as error:
+            raise _exists_error(path) from error
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
+    else:
+        temporary.unlink()
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a crash, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into a WriteError that names ``path``."""
+    try:
+        yield
+    except TallcodecError:  # a ReadError is an OSError too
+        raise
+    except OSError as error:
+        result = WriteError(f"{path}: cannot be written: {error}")
+        result.errno, result.filename = error.errno, str(path)
+        raise result from error
+
+
+def _exists_error(path: Path) -> OutputExistsError:
+    result = OutputExistsError(f"{path}: exists already: choose another path, or overwrite it")
+    result.errno, result.filename = errno.EEXIST, str(path)
+    return result

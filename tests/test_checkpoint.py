@@ -1,0 +1,954 @@
+"""Files to tensors and back, held against safetensors, torch and transformers themselves."""
+
+import errno
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tallcodec.checkpoint import DTYPES, dtype_name, is_side_file, open_checkpoint, torch_dtype
+from tallcodec.checkpoint_write import atomic_file, parse_size, write_checkpoint
+from tallcodec.errors import (
+    ArgumentError,
+    CheckpointError,
+    ClosedError,
+    OutputExistsError,
+    ReadError,
+    WriteError,
+)
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+
+def torch_bytes(tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def contents(checkpoint) -> dict:
+    return {n: (t.dtype, t.shape, t.read().tobytes()) for n, t in checkpoint.tensors.items()}
+
+
+def expected(state_dict) -> dict:
+    return {
+        name: (dtype_name(t.dtype), tuple(t.shape), torch_bytes(t))
+        for name, t in sorted(state_dict.items())
+    }
+
+
+@pytest.fixture
+def state_dict():
+    """Every dtype, an empty and a 0-d tensor, odd sizes, and a name that is not ASCII."""
+    generator = torch.Generator().manual_seed(0)
+    result = {
+        f"{name.lower()}.weight": torch.randint(0, 2, (3, 5, 8), generator=generator)
+        .to(torch.uint8)
+        .repeat_interleave(dtype.itemsize, dim=-1)
+        .view(torch_dtype(name))
+        for name, dtype in DTYPES.items()
+    }
+    result["counter"] = torch.tensor(16777217)
+    result["empty"] = torch.empty(0, 7)
+    result["scalar"] = torch.tensor(-0.0)
+    result["größe"] = torch.randn(131, generator=generator).to(torch.bfloat16)
+    return result
+
+
+def write(path, state_dict, **options):
+    """Write a state dict through write_checkpoint, recording the size of each batch."""
+    source = {name: torch_bytes(tensor) for name, tensor in state_dict.items()}
+    batches = []
+
+    def fill(buffers):
+        batches.append(sum(len(buffer) for buffer in buffers.values()))
+        for name, buffer in buffers.items():
+            assert buffer.dtype == np.uint8 and buffer.ndim == 1 and buffer.flags.c_contiguous
+            buffer[:] = np.frombuffer(source[name], np.uint8)
+
+    specs = {n: (dtype_name(t.dtype), tuple(t.shape)) for n, t in state_dict.items()}
+    return write_checkpoint(path, specs, fill, **options), batches
+
+
+def raw_safetensors(path: Path, header, data=b"", length=None) -> Path:
+    """A safetensors file with exactly this header, an object or ready bytes."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded) if length is None else length) + encoded + data)
+    return path
+
+
+def entry(begin, end, dtype="U8", shape=None):
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape,
+            "data_offsets": [begin, end]}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# Reading what others wrote
+
+
+def test_reads_safetensors(tmp_path, state_dict):
+    path = tmp_path / "a.safetensors"
+    safetensors_torch.save_file(state_dict, path, metadata={"format": "pt", "note": "ü"})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.kind == "safetensors" and checkpoint.label == str(path)
+        assert checkpoint.metadata == {"format": "pt", "note": "ü"} and checkpoint.files == {}
+        assert list(checkpoint.tensors) == sorted(state_dict)
+        assert contents(checkpoint) == expected(state_dict)
+        for tensor in checkpoint.tensors.values():
+            assert os.pread(tensor.fd, tensor.nbytes, tensor.offset) == tensor.read().tobytes()
+
+
+def test_reads_save_model_with_tied_weights(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    safetensors_torch.save_model(model, str(tmp_path / "a.safetensors"))
+    loaded = safetensors_torch.load_file(tmp_path / "a.safetensors")
+    with open_checkpoint(str(tmp_path / "a.safetensors")) as checkpoint:
+        assert contents(checkpoint) == expected(loaded)
+        assert len(checkpoint.tensors) == 3
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_reads_torch_files(tmp_path, state_dict, suffix, legacy):
+    path = tmp_path / f"a{suffix}"
+    if legacy:  # it has no classes for the storages of newer dtypes
+        newer = ("U16", "U32", "U64", "F8_")
+        state_dict = {n: t for n, t in state_dict.items() if not n.upper().startswith(newer)}
+    torch.save(state_dict, path, _use_new_zipfile_serialization=not legacy)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.kind == "torch"
+        assert contents(checkpoint) == expected(state_dict)
+
+
+def test_reads_state_dict_of_torch_tensors(state_dict):
+    state_dict["parameter"] = torch.nn.Parameter(torch.randn(3))
+    with open_checkpoint(state_dict) as checkpoint:
+        assert (checkpoint.kind, checkpoint.label) == ("memory", "state dict")
+        assert contents(checkpoint) == expected(state_dict)
+
+
+def test_memory_that_is_fit_is_not_copied():
+    tensor, array = torch.arange(5.0), np.arange(5.0)
+    with open_checkpoint({"t": tensor, "a": array}) as checkpoint:
+        assert checkpoint.tensors["t"].offset == tensor.data_ptr()
+        assert checkpoint.tensors["a"].offset == array.ctypes.data
+
+
+def test_memory_outlives_the_callers_reference():
+    source = {"a": np.arange(1000), "b": torch.arange(1000).view(10, 100).T}
+    with open_checkpoint(source) as checkpoint:
+        source.clear()
+        assert (checkpoint.tensors["a"].read().view("<i8") == np.arange(1000)).all()
+        transposed = checkpoint.tensors["b"].read().view("<i8").reshape(100, 10)
+        assert (transposed == np.arange(1000).reshape(10, 100).T).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_numpy_arrays_of_every_dtype(name):
+    array = np.arange(12).reshape(3, 4).astype(DTYPES[name].numpy)
+    views = {
+        "plain": array,
+        "transposed": array.T,
+        "strided": array[:, ::2],
+        "scalar": array[1, 1:2].reshape(()),
+    }
+    with open_checkpoint(views) as checkpoint:
+        for key, view in views.items():
+            tensor = checkpoint.tensors[key]
+            assert (tensor.dtype, tensor.shape) == (name, view.shape)
+            assert tensor.read().tobytes() == view.tobytes()
+
+
+def test_big_endian_arrays_are_converted():
+    array = np.array([1.5, -2.0, 3e38], ">f4")
+    with open_checkpoint({"a": array}) as checkpoint:
+        assert checkpoint.tensors["a"].read().tobytes() == array.astype("<f4").tobytes()
+
+
+def test_dtype_names_agree_with_torch_and_numpy():
+    for name, dtype in DTYPES.items():
+        assert dtype_name(dtype.numpy) == name == dtype_name(torch_dtype(name))
+        assert dtype.itemsize == dtype.numpy.itemsize == torch_dtype(name).itemsize
+    assert dtype_name(np.dtype(np.longlong)) == "I64"
+    assert dtype_name(np.dtype(">f8")) == "F64"
+    assert dtype_name(np.dtype(ml_dtypes.bfloat16)) == "BF16"
+    assert dtype_name(torch.complex128) is None
+
+
+def test_lazy_bits_of_torch_are_resolved():
+    tensor = torch.tensor([1 + 2j, 3 - 4j])
+    with open_checkpoint({"a": tensor.conj(), "b": tensor}) as checkpoint:
+        assert checkpoint.tensors["a"].read().view("<c8").tolist() == [1 - 2j, 3 + 4j]
+        assert checkpoint.tensors["a"].storage != checkpoint.tensors["b"].storage
+
+
+def test_tied_weights_share_storage():
+    tensor, array = torch.randn(4, 4), np.ones((2, 2))
+    source = {
+        "a": tensor, "b": torch.nn.Parameter(tensor), "transposed": tensor.T, "again": tensor.T,
+        "other": tensor.view(torch.int32), "flat": tensor.view(-1), "equal": tensor.clone(),
+        "n": array, "m": array.view(), "empty": tensor[:0], "empty2": tensor[:0],
+    }
+    with open_checkpoint(source) as checkpoint:
+        storage = {name: tensor.storage for name, tensor in checkpoint.tensors.items()}
+    assert storage["a"] == storage["b"] and storage["n"] == storage["m"]
+    assert storage["transposed"] == storage["again"]
+    assert storage["empty"] is None and storage["empty2"] is None
+    different = {storage[n] for n in ("a", "transposed", "other", "flat", "equal", "n")}
+    assert len(different) == 6 and None not in different
+
+
+def test_tied_weights_of_a_torch_file(tmp_path):
+    tensor = torch.randn(4)
+    torch.save({"a": tensor, "b": tensor, "c": tensor.clone()}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        a, b, c = (checkpoint.tensors[name].storage for name in "abc")
+        assert a == b != c
+
+
+def test_close_is_idempotent_and_final(tmp_path):
+    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 3)}, b"abc")
+    with open_checkpoint(path) as checkpoint:
+        tensor = checkpoint.tensors["a"]
+        assert tensor.read().tobytes() == b"abc"
+    checkpoint.close()
+    with pytest.raises(ClosedError, match="a.safetensors"):
+        tensor.read()
+    with pytest.raises(OSError):
+        os.fstat(tensor.fd)
+
+
+# Torch files: wrappers
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: {"state_dict": sd, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}},
+        lambda sd: {"model_state_dict": sd, "rng": torch.ones(3)},
+        lambda sd: {"model": {"state_dict": sd}},
+        lambda sd: {"module." + name: tensor for name, tensor in sd.items()},
+        lambda sd: {"state_dict": {"module._orig_mod." + n: t for n, t in sd.items()}},
+        lambda sd: {"_orig_mod.module." + n: t for n, t in sd.items()},
+    ],
+)
+def test_unwraps_torch_files(tmp_path, wrap):
+    state_dict = {"module.weight": torch.randn(3), "bias": torch.randn(2)}
+    torch.save(wrap(state_dict), tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"state_dict": {"a": torch.ones(1)}, "model": {"a": torch.ones(1)}}, "state_dict.*model"),
+        ({"generator": {"a": torch.ones(1)}, "critic": {"a": torch.ones(1)}}, "generator.*critic"),
+        ({"weight": torch.ones(1), "epoch": 3}, "'epoch' is a int"),
+        ({"weight": torch.ones(1), "note": "x"}, "'note' is a str"),
+        ({0: torch.ones(1)}, "rename"),
+        (torch.ones(3), "holds a Tensor"),
+        ([torch.ones(3)], "holds a list"),
+        ({}, "no tensors"),
+        ({"q.lora_A.weight": torch.ones(1)}, "merge_and_unload"),
+        ({"lora_embedding_A": torch.ones(1)}, "merge_and_unload"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "complex128"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' is sparse"),
+        ({"a": torch.empty(2, device="meta")}, "meta device"),
+    ],
+)
+def test_refuses_torch_file(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(tmp_path / "a.pt")
+    assert "a.pt" in str(caught.value)
+
+
+def test_refuses_a_state_dict_that_holds_itself(tmp_path):
+    content = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="too deep"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_never_unpickles_freely(tmp_path, legacy):
+    path = tmp_path / "a.pt"
+    content = {"a": torch.ones(1), "b": Bomb(str(tmp_path / "boom"))}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match="(?s)weights_only.*save_file"):
+        open_checkpoint(path)
+    assert names_in(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 300])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_refuses_damaged_torch_file(tmp_path, legacy, keep):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(9)}, path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="a.pt"):
+        open_checkpoint(path)
+
+
+# Sources that are no checkpoint
+
+
+def test_refuses_other_sources():
+    with pytest.raises(CheckpointError, match=r"state_dict\(\)"):
+        open_checkpoint(torch.nn.Linear(1, 1))
+    with pytest.raises(CheckpointError, match="int"):
+        open_checkpoint(3)
+    with pytest.raises(CheckpointError, match="state dict.*no tensors"):
+        open_checkpoint({})
+    with pytest.raises(CheckpointError, match="'epoch' is a int"):
+        open_checkpoint({"a": np.ones(1), "epoch": 3})
+    with pytest.raises(CheckpointError, match="'model' is a dict"):
+        open_checkpoint({"model": {"a": np.ones(1)}})
+    for name in ("__metadata__", "\ud800", 3):
+        with pytest.raises(CheckpointError, match="rename"):
+            open_checkpoint({name: np.ones(1)})
+    with pytest.raises(CheckpointError, match="object"):
+        open_checkpoint({"a": np.array([None])})
+
+
+def test_refuses_tensors_without_plain_values():
+    with pytest.warns(UserWarning):
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    with pytest.raises(CheckpointError, match="'a' is quantized"):
+        open_checkpoint({"a": quantized})
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args, kwargs=None):
+            raise NotImplementedError
+
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (3,), dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="'a' is a Wrapper without memory"):
+        open_checkpoint({"a": wrapper})
+
+
+def test_refuses_missing_and_irregular_files(tmp_path):
+    (tmp_path / "dangling.safetensors").symlink_to("nowhere")
+    for name in ("none.safetensors", "none.pt", "none", "dangling.safetensors"):
+        with pytest.raises(CheckpointError, match=f"{name}: no such file"):
+            open_checkpoint(tmp_path / name)
+    os.mkfifo(tmp_path / "fifo.safetensors")  # opening it would wait for ever
+    with pytest.raises(CheckpointError, match="regular file"):
+        open_checkpoint(tmp_path / "fifo.safetensors")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="unknown kind of checkpoint '.gguf'"):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_unreadable_source_is_a_read_error(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(ReadError, match="cannot be read: Permission denied") as caught:
+        open_checkpoint(tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EACCES, str(tmp_path))
+
+
+def test_failed_read_is_a_read_error(tmp_path, monkeypatch):
+    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 1)}, b"a")
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open_checkpoint(path) as checkpoint:
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(ReadError, match="a.safetensors.*error") as caught:
+            checkpoint.tensors["a"].read()
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_refuses_lfs_pointer(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(CheckpointError, match=f"{name}: a git-lfs pointer.*git lfs pull"):
+        open_checkpoint(tmp_path / name)
+
+
+# Bad safetensors files
+
+
+NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+
+
+@pytest.mark.parametrize(
+    "header, data, length, message",
+    [
+        (b"", b"", 1, "header of 1 bytes"),
+        ({"a": entry(0, 1)}, b"a", 2**64 - 1, f"header of {2**64 - 1} bytes"),
+        ({"a": entry(0, 1)}, b"a", 10**8 + 1, "truncated"),
+        (b"[]", b"", None, "expected a JSON object"),
+        (b'{"a":', b"", None, "JSON"),
+        (b'{"\xff": 1}', b"", None, "JSON"),
+        (b'{"\\ud800": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"a", None, "JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", None, "JSON"),
+        (NESTED, b"", None, "JSON"),
+        (
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+            b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+            b"ab", None, "duplicate key 'a'",
+        ),
+        (
+            b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}',
+            b"a", None, "duplicate key 'dtype'",
+        ),
+        ({"__metadata__": {"a": 1}, "a": entry(0, 1)}, b"a", None, "__metadata__"),
+        ({"__metadata__": [], "a": entry(0, 1)}, b"a", None, "__metadata__"),
+        ({"a": 3}, b"", None, "'a': expected an object"),
+        ({"a": {"dtype": "U8", "shape": [0]}}, b"", None, "'a': expected an object"),
+        ({"a": entry(0, 1) | {"extra": 1}}, b"a", None, "'a': expected an object"),
+        ({"a": entry(0, 1, "X8")}, b"a", None, "'a': dtype 'X8'"),
+        ({"a": entry(0, 1, ["U8"])}, b"a", None, "'a': dtype"),
+        ({"a": entry(0, 1, shape=[-1])}, b"a", None, "'a': the shape"),
+        ({"a": entry(0, 1, shape=[1.0])}, b"a", None, "'a': the shape"),
+        ({"a": entry(0, 1, shape=[True])}, b"a", None, "'a': the shape"),
+        ({"a": entry(0, 1, shape=[2**63, 0])}, b"a", None, "'a': the shape"),
+        ({"a": entry(0, 1, shape=[1] * 65)}, b"a", None, "'a': the shape"),
+        ({"a": entry(0, 1, shape=3)}, b"a", None, "'a': the shape"),
+        ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"a", None, "two whole"),
+        ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [-1, 0]}}, b"a", None, "two whole"),
+        ({"a": entry(1, 0, shape=[1])}, b"a", None, "takes 1 bytes"),
+        ({"a": entry(0, 5, "F32", [1])}, b"abcde", None, "takes 4 bytes"),
+        # 2^32 * 2^32 elements are 0 modulo 2^64
+        ({"a": entry(0, 0, "U8", [2**32, 2**32])}, b"", None, f"takes {2**64} bytes"),
+        ({"a": entry(0, 2), "b": entry(1, 3)}, b"abc", None, "'b' begins at byte 1.*overlaps"),
+        ({"a": entry(0, 2), "b": entry(0, 2)}, b"ab", None, "overlaps"),
+        ({"a": entry(0, 1), "b": entry(2, 3)}, b"abc", None, "'b' begins at byte 2.*hole"),
+        ({"a": entry(1, 2)}, b"ab", None, "'a' begins at byte 1.*hole"),
+        ({"a": entry(0, 2)}, b"a", None, "1 bytes of data where the header describes 2"),
+        ({"a": entry(0, 1)}, b"ab", None, "2 bytes of data where the header describes 1"),
+        ({"__metadata__": {"a": "b"}}, b"", None, "no tensors"),
+        ({"a.lora_B.weight": entry(0, 1)}, b"a", None, "merge_and_unload"),
+    ],
+)
+def test_refuses_bad_safetensors(tmp_path, header, data, length, message):
+    path = raw_safetensors(tmp_path / "a.safetensors", header, data, length)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+def test_refuses_every_truncation(tmp_path):
+    header = {"a": entry(0, 2), "b": entry(2, 4)}
+    path = raw_safetensors(tmp_path / "a.safetensors", header, b"abcd")
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="a.safetensors"):
+            open_checkpoint(path)
+
+
+def test_file_that_shrinks_is_a_read_error(tmp_path):
+    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 9)}, b"x" * 9)
+    with open_checkpoint(path) as checkpoint:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(ReadError, match="a.safetensors: ended at byte"):
+            checkpoint.tensors["a"].read()
+
+
+def test_failed_open_leaves_no_descriptor(tmp_path):
+    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 2)}, b"a")
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else None
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+    if before is not None:
+        assert os.listdir("/proc/self/fd") == before
+
+
+# Hugging Face folders
+
+
+def tiny_bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16,
+    )
+    return transformers.BertModel(config)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
+def test_reads_save_pretrained_and_writes_it_back(tmp_path, max_shard_size):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_bert()
+    source, target = tmp_path / "in", tmp_path / "out"
+    model.save_pretrained(source, max_shard_size=max_shard_size)
+    (source / "vocab.txt").write_text("[PAD]\n")
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    (source / "training_args.bin").write_bytes(b"not a checkpoint")
+    (source / ".hidden.json").write_text("{}")
+    (source / "checkpoint-1.json").mkdir()
+    sharded = (source / "model.safetensors.index.json").exists()
+    assert sharded == (max_shard_size == "8KB")
+    with open_checkpoint(source) as checkpoint:
+        assert checkpoint.kind == "folder"
+        assert contents(checkpoint) == expected(model.state_dict())
+        assert checkpoint.metadata["format"] == "pt"
+        assert set(checkpoint.files) == {"config.json", "vocab.txt"}
+        assert checkpoint.files["config.json"] == (source / "config.json").read_bytes()
+        written, _ = write(
+            target, model.state_dict(), metadata=checkpoint.metadata, files=checkpoint.files,
+            max_shard_size=max_shard_size,
+        )
+    assert sorted(written) == sorted(target.iterdir())
+    assert (target / "model.safetensors.index.json").exists() == sharded
+    again, info = transformers.AutoModel.from_pretrained(target, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert expected(again.state_dict()) == expected(model.state_dict())
+    with open_checkpoint(target) as checkpoint:
+        assert contents(checkpoint) == expected(model.state_dict())
+
+
+def test_reads_folder_of_symlinks_as_in_the_hub_cache(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    raw_safetensors(blobs / "0", {"a": entry(0, 1)}, b"a")
+    (blobs / "1").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to("../blobs/0")
+    (snapshot / "config.json").symlink_to("../blobs/1")
+    with open_checkpoint(snapshot) as checkpoint:
+        assert contents(checkpoint) == {"a": ("U8", (1,), b"a")}
+        assert checkpoint.files == {"config.json": b"{}"}
+
+
+def test_reads_folders_of_torch_files(tmp_path, state_dict):
+    torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+    (tmp_path / "pytorch_model.bin").unlink()
+    weight_map = {name: f"pytorch_model-{len(name) % 2}.bin" for name in state_dict}
+    for shard in set(weight_map.values()):
+        part = {name: t for name, t in state_dict.items() if weight_map[name] == shard}
+        torch.save(part, tmp_path / shard)
+    index = {"weight_map": weight_map}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+        assert checkpoint.files == {}
+
+
+def test_metadata_of_shards_is_merged(tmp_path):
+    for name in "ab":
+        header = {"__metadata__": {"format": "pt", name: "1"}, name: entry(0, 1)}
+        raw_safetensors(tmp_path / f"{name}.safetensors", header, b"x")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in "ab"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.metadata == {"format": "pt", "a": "1", "b": "1"}
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ("{", "JSON"),
+        ('{"weight_map": {"a": "s.safetensors", "a": "s.safetensors"}}', "duplicate key 'a'"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {}}', "weight_map"),
+        ('{"weight_map": {"a": 3}}', "plain name"),
+        ('{"weight_map": {"a": "../s.safetensors"}}', "plain name"),
+        ('{"weight_map": {"a": "sub/s.safetensors"}}', "plain name"),
+        ('{"weight_map": {"a": "/s.safetensors"}}', "plain name"),
+        ('{"weight_map": {"a": ".."}}', "plain name"),
+        ('{"weight_map": {"a": ""}}', "plain name"),
+        ('{"weight_map": {"a": "s.safetensors\\u0000"}}', "plain name"),
+        ('{"weight_map": {"a": "s.bin"}}', "expected a .safetensors file"),
+        ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors: no such file"),
+        ('{"weight_map": {"b": "s.safetensors", "a": "s.safetensors"}}',
+         "'b' is in model.safetensors.index.json but not in s.safetensors"),
+        ('{"weight_map": {"a": "s.safetensors"}}',
+         "'c' is in s.safetensors but not in model.safetensors.index.json"),
+    ],
+)
+def test_refuses_bad_index(tmp_path, index, message):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    header = {"a": entry(0, 1)} | ({"c": entry(1, 2)} if "'c'" in message else {})
+    for place in (tmp_path, folder, folder / "sub"):
+        raw_safetensors(place / "s.safetensors", header, b"x" * len(header))
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_refuses_folders_without_weights(tmp_path):
+    with pytest.raises(CheckpointError, match="not a Hugging Face folder.*model.safetensors"):
+        open_checkpoint(tmp_path)
+    raw_safetensors(tmp_path / "other.safetensors", {"a": entry(0, 1)}, b"a")
+    with pytest.raises(CheckpointError, match="to use other.safetensors, pass the path"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_refuses_adapters(tmp_path, name):
+    raw_safetensors(tmp_path / "model.safetensors", {"a": entry(0, 1)}, b"a")
+    open_checkpoint(tmp_path).close()
+    raw_safetensors(tmp_path / name, {"a": entry(0, 1)}, b"a")
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        open_checkpoint(tmp_path)
+    if name.endswith(".safetensors"):
+        with pytest.raises(CheckpointError, match="merge_and_unload"):
+            open_checkpoint(tmp_path / name)
+
+
+def test_large_side_file_is_left_out_with_a_warning(tmp_path):
+    raw_safetensors(tmp_path / "model.safetensors", {"a": entry(0, 1)}, b"a")
+    (tmp_path / "tokenizer.json").touch()
+    os.truncate(tmp_path / "tokenizer.json", (32 << 20) + 1)  # sparse
+    with pytest.warns(UserWarning, match="tokenizer.json: left out"):
+        with open_checkpoint(tmp_path) as checkpoint:
+            assert checkpoint.files == {}
+
+
+def test_side_file_names():
+    for name in ("config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE"):
+        assert is_side_file(name)
+    for name in ("../a.json", "a/b.json", "a\\b.json", ".a.json", "a.py", "a.bin", "a.safetensors",
+                 "model.safetensors.index.json", "a\n.json", "a\0.json", "", ".", ".."):
+        assert not is_side_file(name)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("metadata", [None, {"z": "1", "a": "ü"}])
+def test_written_safetensors_is_read_by_safetensors(tmp_path, state_dict, metadata):
+    path = tmp_path / "a.safetensors"
+    written, batches = write(path, state_dict, metadata=metadata)
+    assert written == [path] and names_in(tmp_path) == ["a.safetensors"] and len(batches) == 1
+    assert expected(safetensors_torch.load_file(path)) == expected(state_dict)
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+    with open_checkpoint(path) as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+        for tensor in checkpoint.tensors.values():
+            assert tensor.offset % DTYPES[tensor.dtype].itemsize == 0
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_written_torch_file_is_read_by_torch(tmp_path, state_dict, suffix):
+    path = tmp_path / f"a{suffix}"
+    assert write(path, state_dict)[0] == [path]
+    loaded = torch.load(path, weights_only=True)
+    assert type(loaded) is dict and list(loaded) == list(state_dict)
+    assert expected(loaded) == expected(state_dict)
+    with open_checkpoint(path) as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "folder"])
+def test_same_input_same_bytes(tmp_path, state_dict, name):
+    other_order = dict(reversed(state_dict.items())) if name != "a.pt" else state_dict
+    written = []
+    for folder, source in (("1", state_dict), ("2", other_order)):
+        (tmp_path / folder).mkdir()
+        options = {"max_shard_size": 300} if name == "folder" else {}
+        paths, _ = write(tmp_path / folder / name, source, metadata={"b": "1", "a": "2"}, **options)
+        written.append({path.name: path.read_bytes() for path in paths})
+    assert written[0] == written[1]
+
+
+def test_batches_bound_memory(tmp_path):
+    mebibyte = 1 << 20
+    sizes = {"a": 40, "b": 30, "c": 70, "d": 34, "e": 30, "f": 1}
+    specs = {name: ("U8", (size, mebibyte)) for name, size in sizes.items()}
+    batches = []
+
+    def fill(buffers):
+        batches.append({name: len(buffer) // mebibyte for name, buffer in buffers.items()})
+        for name, buffer in buffers.items():
+            buffer[:] = ord(name)
+
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, specs, fill)
+    assert batches == [{"a": 40}, {"b": 30}, {"c": 70}, {"d": 34, "e": 30}, {"f": 1}]
+    with open_checkpoint(path) as checkpoint:
+        for name in "abcdef":
+            data = checkpoint.tensors[name].read()
+            assert len(data) == sizes[name] * mebibyte and (data == ord(name)).all()
+
+
+def test_shards_respect_their_size(tmp_path):
+    source = {f"t{i}": torch.full((size,), i, dtype=torch.uint8)
+              for i, size in enumerate([60, 40, 1, 500, 99, 1, 1])}
+    folder = tmp_path / "model"
+    paths, _ = write(folder, source, max_shard_size=100)
+    assert [path.name for path in paths] == [
+        *(f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)),
+        "model.safetensors.index.json",
+    ]
+    shards = [sorted(safetensors_torch.load_file(path)) for path in paths[:-1]]
+    assert shards == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"], ["t6"]]
+    index = json.loads(paths[-1].read_text())
+    assert index["metadata"] == {"total_size": 702}
+    assert index["weight_map"]["t5"] == "model-00004-of-00005.safetensors"
+    with safetensors.safe_open(paths[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    with open_checkpoint(folder) as checkpoint:
+        assert contents(checkpoint) == expected(source)
+
+
+def test_kind_of_output_follows_the_path(tmp_path):
+    source = {"a": torch.ones(1)}
+    (tmp_path / "existing.pt").mkdir()
+    for name in ("Llama-3.1-8B", "a.safetensors/", "existing.pt"):
+        assert write(f"{tmp_path}/{name}", source)[0] == [tmp_path / name / "model.safetensors"]
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = {"a": torch.ones(1)}
+    assert write("a.safetensors", source)[0] == [Path("a.safetensors")]
+    assert write("folder", source)[0] == [Path("folder/model.safetensors")]
+    os.mkdir("here")
+    monkeypatch.chdir("here")
+    assert write(".", source)[0] == [Path("model.safetensors")]
+    assert names_in(Path()) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_arguments_that_no_output_takes(tmp_path, name):
+    with pytest.raises(ArgumentError, match="max_shard_size"):
+        write(tmp_path / name, {"a": torch.ones(1)}, max_shard_size="5GB")
+    for specs in ({"a": ("X8", (1,))}, {"__metadata__": ("U8", (1,))}):
+        with pytest.raises(ArgumentError, match="X8|__metadata__"):
+            write_checkpoint(tmp_path / name, specs, lambda buffers: None)
+    for side_file in ("../config.json", "/etc/x.json", "evil.py", "model.safetensors.index.json"):
+        with pytest.raises(ArgumentError, match="side file"):
+            write(tmp_path / "folder", {"a": torch.ones(1)}, files={side_file: b""})
+    assert names_in(tmp_path) == []
+
+
+def test_parse_size():
+    sizes = {"5GB": 5 * 10**9, "500MB": 5 * 10**8, " 1.5 GiB ": 3 << 29, "7": 7, "7b": 7, 12: 12,
+             "2TiB": 2 << 40, "0.1KB": 100}
+    assert {size: parse_size(size) for size in sizes} == sizes
+    for bad in ("", "GB", "-5GB", 0, -1, "0", "5XB", "5IB", "1e9", "5 GB GB", None, True, "inf"):
+        with pytest.raises(ArgumentError, match="not a size"):
+            parse_size(bad)
+
+
+# Writing: what exists already
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "folder"])
+def test_existing_output_is_refused_and_kept(tmp_path, name):
+    def snapshot():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    write(tmp_path / name, {"a": torch.ones(3)})
+    before = snapshot()
+    with pytest.raises(OutputExistsError, match=name) as caught:
+        write(tmp_path / name, {"a": torch.zeros(3)})
+    assert caught.value.errno == errno.EEXIST and caught.value.filename == str(tmp_path / name)
+    assert snapshot() == before
+    write(tmp_path / name, {"a": torch.zeros(3)}, overwrite=True)
+    assert snapshot().keys() == before.keys()
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        assert contents(checkpoint) == expected({"a": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, can_link):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", unsupported)
+    path = tmp_path / "a.bin"
+    with pytest.raises(OutputExistsError, match="a.bin"):
+        with atomic_file(path) as file:
+            file.write(b"ours")
+            path.write_bytes(b"theirs")
+    assert path.read_bytes() == b"theirs" and names_in(tmp_path) == ["a.bin"]
+    path.unlink()
+    with atomic_file(path) as file:
+        file.write(b"ours")
+    assert path.read_bytes() == b"ours" and names_in(tmp_path) == ["a.bin"]
+
+
+def test_folder_that_appears_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "folder"
+
+    def fill(buffers):
+        target.mkdir()
+        (target / "theirs").touch()
+
+    with pytest.raises(OutputExistsError, match="folder"):
+        write_checkpoint(target, {"a": ("U8", (1,))}, fill)
+    assert names_in(tmp_path) == ["folder"] and names_in(target) == ["theirs"]
+
+
+def test_file_that_appears_in_an_empty_folder_is_kept(tmp_path):
+    def fill(buffers):
+        (tmp_path / "config.json").write_bytes(b"theirs")
+
+    with pytest.raises(OutputExistsError, match="config.json"):
+        write_checkpoint(tmp_path, {"a": ("U8", (1,))}, fill, files={"config.json": b"ours"})
+    assert names_in(tmp_path) == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == b"theirs"
+
+
+def test_overwriting_a_folder_removes_stale_weights_only(tmp_path):
+    source = {f"t{i}": torch.ones(100) for i in range(3)}
+    files = {"config.json": b"{}"}
+    write(tmp_path, source, max_shard_size=400, files=files)
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "notes.txt").touch()
+    write(tmp_path, source, files=files | {"vocab.txt": b""}, overwrite=True)
+    kept = ["config.json", "model.safetensors", "notes.txt", "vocab.txt"]
+    assert names_in(tmp_path) == kept
+    write(tmp_path, source, max_shard_size="800B", overwrite=True)
+    assert names_in(tmp_path) == [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "notes.txt", "vocab.txt",
+    ]
+
+
+def test_output_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo.pt")
+    for name in ("folder", "fifo.pt"):
+        with pytest.raises(OutputExistsError, match=f"{name}: exists and is not a regular file"):
+            with atomic_file(tmp_path / name, overwrite=True):
+                pass
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="file: exists and is not a folder"):
+        write(tmp_path / "file", {"a": torch.ones(1)}, overwrite=True)
+    assert names_in(tmp_path) == ["fifo.pt", "file", "folder"]
+
+
+# Writing: what fails
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ReadError])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "folder"])
+def test_failed_fill_changes_nothing(tmp_path, name, error):
+    def fill(buffers):
+        raise error("no")
+
+    specs = {"a": ("U8", (1,))}
+    with pytest.raises(error, match="no"):
+        write_checkpoint(tmp_path / name, specs, fill)
+    assert names_in(tmp_path) == []
+    (written,), _ = write(tmp_path / name, {"a": torch.ones(1)})
+    before = written.read_bytes()
+    with pytest.raises(error, match="no"):
+        write_checkpoint(tmp_path / name, specs, fill, overwrite=True)
+    assert names_in(tmp_path) == [name] and written.read_bytes() == before
+    assert names_in(written.parent) == [written.name]
+
+
+def test_missing_parent_folder_is_a_write_error(tmp_path):
+    for name in ("none/a.safetensors", "none/a.pt", "none/folder"):
+        with pytest.raises(WriteError, match=name) as caught:
+            write(tmp_path / name, {"a": torch.ones(1)})
+        assert caught.value.errno == errno.ENOENT
+        assert caught.value.filename == str(tmp_path / name)
+
+
+# A limit on file size fails writes just as a full disk does, in the middle.
+FULL_DISK = """
+import resource, signal, sys
+from tallcodec.checkpoint_write import write_checkpoint
+from tallcodec.errors import WriteError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+path = sys.argv[1]
+try:
+    write_checkpoint(
+        path, {"a": ("U8", (1_000_000,))}, lambda buffers: buffers["a"].fill(1), overwrite=True
+    )
+except WriteError as error:
+    print(error.errno, error.filename == path, path in str(error))
+"""
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "folder"])
+def test_full_disk(tmp_path, name):
+    (written,), _ = write(tmp_path / name, {"a": torch.ones(1)})
+    before = written.read_bytes()
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / name], capture_output=True, text=True
+    )
+    assert result.stdout == f"{errno.EFBIG} True True\n", result.stderr
+    assert names_in(tmp_path) == [name] and names_in(written.parent) == [written.name]
+    assert written.read_bytes() == before
+
+
+def test_atomic_file(tmp_path):
+    path = tmp_path / "a.tall"
+    old_umask = os.umask(0o027)
+    try:
+        with atomic_file(path) as file:
+            assert not path.exists()
+            os.pwrite(file.fileno(), b"cd", 2)
+            os.pwrite(file.fileno(), b"ab", 0)
+        with pytest.raises(ZeroDivisionError):
+            with atomic_file(path, overwrite=True) as file:
+                file.write(b"x" * 100_000)
+                1 / 0
+    finally:
+        os.umask(old_umask)
+    assert path.read_bytes() == b"abcd" and names_in(tmp_path) == ["a.tall"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    with pytest.raises(OutputExistsError, match="a.tall"):
+        with atomic_file(path):
+            pytest.fail("refused only after the work was done")
+
+
+def test_needs_neither_torch_nor_safetensors(tmp_path):
+    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 3)}, b"abc")
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["safetensors"] = None  # importing them fails
+import numpy as np
+from tallcodec.checkpoint import open_checkpoint
+from tallcodec.checkpoint_write import write_checkpoint
+with open_checkpoint(sys.argv[1]) as c, open_checkpoint({"a": np.frombuffer(b"abc", "u1")}) as m:
+    assert c.tensors["a"].read().tobytes() == m.tensors["a"].read().tobytes() == b"abc"
+for path in (sys.argv[1] + ".safetensors", sys.argv[1] + ".folder"):
+    write_checkpoint(path, {"a": ("U8", (3,))}, lambda buffers: buffers["a"].fill(1))
+for action in (lambda: open_checkpoint(__file__), lambda: write_checkpoint("a.pt", {}, None)):
+    try:
+        action()
+    except ValueError as error:
+        print(type(error).__name__, "PyTorch" in str(error))
+"""
+    script = tmp_path / "script.bin"
+    script.write_text(code)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, script, path], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert result.stdout == "CheckpointError True\nArgumentError True\n", result.stderr
+    assert not (tmp_path / "a.pt").exists()
