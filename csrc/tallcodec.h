@@ -46,6 +46,9 @@ struct Source {
   const uint8_t* view(uint64_t position, uint64_t size, std::vector<uint8_t>& buffer) const;
 };
 
+// Whether two sources hold the same `size` bytes. Stops at the first difference.
+bool same_bytes(const Source& a, const Source& b, uint64_t size);
+
 struct Range {
   uint64_t offset, size;
 };
@@ -88,6 +91,7 @@ class File {
   File(std::string label, uint64_t file_size, Fetch fetch);
 
   const Index& index() const { return *index_; }
+  uint64_t identity() const { return identity_; }  // the index's checksum
   const std::string& label() const { return label_; }
   uint32_t find_task(std::string_view name) const;    // throws Error(Status::TaskNotFound)
   uint32_t find_tensor(std::string_view name) const;  // throws Error(Status::TensorNotFound)
@@ -108,6 +112,7 @@ class File {
  private:
   std::string label_;
   Fetch fetch_;
+  uint64_t identity_;
   std::shared_ptr<const Index> index_;
 };
 
