@@ -280,6 +280,7 @@ File::File(std::string label, uint64_t file_size, Fetch fetch)
     : label_(std::move(label)), fetch_(std::move(fetch)) {
   uint64_t head = std::min<uint64_t>(file_size, sizeof(Header));
   Slot slot = read_header(label_, head ? fetch_(0, head) : nullptr, head, file_size);
+  identity_ = slot.index_hash;
   index_ = std::make_shared<Index>(
       read_index(label_, fetch_(slot.index_offset, slot.index_size), slot.index_size, slot));
 }
