@@ -254,6 +254,15 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SCOPE_BASE") = kScopeBase;
   m.attr("SCOPE_FILE") = kScopeFile;
   bind_kernels(m);
+  m.def("same_bytes", [](const py::object& a, const py::object& b, uint64_t size) {
+    Source x = source(a), y = source(b);
+    py::gil_scoped_release release;
+    return same_bytes(x, y, size);
+  });
+  m.def("read_source", [](const py::object& from, uint64_t size) {
+    std::vector<uint8_t> buffer;
+    return py::bytes(reinterpret_cast<const char*>(source(from).view(0, size, buffer)), size);
+  });
 
   py::class_<Encoder>(m, "Encoder")
       .def(py::init([](int fd, std::string label, std::string writer, int scale, int storage) {
@@ -305,6 +314,7 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<BufferFile>(m, "File")
       .def(py::init<std::string, const py::buffer&>())
+      .def("identity", [](const BufferFile& f) { return f->identity(); })
       .def("header", header)
       .def("tasks", tasks)
       .def("tensors", tensors)
@@ -315,6 +325,15 @@ PYBIND11_MODULE(_core, m) {
       .def("find_task", [](const BufferFile& f, std::string_view name) { return f->find_task(name); })
       .def("find_tensor",
            [](const BufferFile& f, std::string_view name) { return f->find_tensor(name); })
+      .def("original",  // a tensor's own number, or that of what it is tied to
+           [](const BufferFile& f, uint32_t tensor) {
+             uint32_t alias = f.index().tensors[tensor].alias;
+             return alias == kNone ? tensor : alias;
+           })
+      .def("name",
+           [](const BufferFile& f, uint32_t tensor) {
+             return string(f.index(), f.index().tensors[tensor].name);
+           })
       .def("names",
            [](const BufferFile& f, uint32_t task) {
              py::list names;

@@ -1,0 +1,147 @@
+"""The `tallcodec` command: encode, inspect, decode, verify."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+
+from . import encoding, numbers
+from . import file as tall
+from .errors import ArgumentError, TallcodecError
+from .version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 for an error, 2 for unusable arguments."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result, text = arguments.run(arguments)
+    except TallcodecError as error:
+        print(f"tallcodec: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tallcodec: interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(_finite(result), ensure_ascii=False, indent=1) if arguments.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tallcodec", description="One file for a base model and all its fine-tuned checkpoints."
+    )
+    parser.add_argument("--version", action="version", version=f"tallcodec {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        sub.add_argument("--threads", type=int, help="default: one per CPU")
+        return sub
+
+    checkpoint = ".safetensors, Hugging Face folder or torch file"
+    sub = command("encode", _encode, "Encode fine-tuned checkpoints of one base into one file.")
+    sub.add_argument("--base", required=True, help=f"the base checkpoint: {checkpoint}")
+    sub.add_argument("--task", action="append", required=True, metavar="NAME=CHECKPOINT",
+                     help="a fine-tuned checkpoint; once per task")  # fmt: skip
+    sub.add_argument("-o", "--output", required=True, help="the .tall file to write")
+    sub.add_argument("--merge", default="task-arithmetic", choices=numbers.MERGES)
+    sub.add_argument("--threshold", action="append", metavar="[NAME=]NUMBER",
+                     help="λ of the masks, for all tasks or for one; default 0.4")  # fmt: skip
+    sub.add_argument("--method", default="tall", choices=numbers.METHODS)
+    sub.add_argument("--scale", default="none", choices=numbers.SCALES)
+    sub.add_argument("--shared-dtype", default="auto", choices=numbers.SHARED_DTYPES)
+    sub.add_argument("--base-storage", default="embed", choices=numbers.BASE_STORAGES)
+    sub.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    sub = command("inspect", _inspect, "Show what a file holds and what it costs.")
+    sub.add_argument("path")
+
+    sub = command("decode", _decode, "Decode a task into a checkpoint.")
+    sub.add_argument("path")
+    sub.add_argument("--task", required=True)
+    sub.add_argument("-o", "--output", required=True,
+                     help="a .safetensors or .pt file, or a folder to make")  # fmt: skip
+    sub.add_argument("--base", help=f"the base, where the file only references it: {checkpoint}")
+    sub.add_argument("--max-shard-size", help='split a folder\'s weights, as "5GB"')
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    sub = command("verify", _verify, "Check every byte of a file.")
+    sub.add_argument("path")
+    sub.add_argument("--base", help=f"also check that this is the referenced base: {checkpoint}")
+    return parser
+
+
+def _encode(a: argparse.Namespace) -> tuple[dict, str]:
+    tasks = _pairs("--task", a.task)
+    info = encoding.encode(
+        a.base,
+        tasks,
+        a.output,
+        merge=a.merge,
+        threshold=_threshold(a.threshold or ["0.4"], tasks),
+        method=a.method,
+        scale=a.scale,
+        shared_dtype=a.shared_dtype,
+        base_storage=a.base_storage,
+        metadata=_pairs("--metadata", a.metadata),
+        threads=a.threads,
+        overwrite=a.overwrite,
+    )
+    return info.to_dict(), str(info)
+
+
+def _inspect(a: argparse.Namespace) -> tuple[dict, str]:
+    with tall.open(a.path, "np", threads=a.threads) as file:
+        return file.info.to_dict(), str(file.info)
+
+
+def _decode(a: argparse.Namespace) -> tuple[dict, str]:
+    with tall.open(a.path, "np", a.base, threads=a.threads) as file:
+        written = file.save(
+            a.task, a.output, max_shard_size=a.max_shard_size, overwrite=a.overwrite
+        )
+    return {"task": a.task, "written": written}, "\n".join(written)
+
+
+def _verify(a: argparse.Namespace) -> tuple[dict, str]:
+    result = tall.verify(a.path, a.base, threads=a.threads)
+    return result.to_dict(), str(result)
+
+
+def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise ArgumentError(f"{option} must look like NAME=VALUE, not {text!r}")
+        if name in pairs:
+            raise ArgumentError(f"{option} names {name!r} twice")
+        pairs[name] = value
+    return pairs
+
+
+def _threshold(values: Sequence[str], tasks: dict[str, str]) -> float | dict[str, float]:
+    """One number for all, or one per task, where a plain number stands for the tasks not named."""
+    try:
+        plain = [float(v) for v in values if "=" not in v]
+        named = {k: float(v) for k, v in _pairs("--threshold", [v for v in values if "=" in v]).items()}
+    except ValueError as error:
+        raise ArgumentError(f"--threshold must be a number or NAME=NUMBER: {error}") from error
+    if len(plain) > 1:
+        raise ArgumentError("--threshold is given twice for all tasks")
+    return {**dict.fromkeys(tasks, plain[0] if plain else 0.4), **named} if named else plain[0]
+
+
+def _finite(value):
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+

@@ -1,0 +1,342 @@
+"""An open `.tall` file: tasks out of it, as tensors, lazily, or as checkpoint files."""
+
+import builtins
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import zstandard
+
+from . import _core, frameworks, numbers
+from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint_write import write_checkpoint
+from .errors import (
+    ArgumentError,
+    BaseMismatchError,
+    ChecksumError,
+    ClosedError,
+    FormatError,
+    ReadError,
+    TensorNotFoundError,
+)
+from .info import FileInfo, Verification, read_info
+from .threads import check_threads
+
+_DTYPE_NAMES = {number: name for name, number in numbers.DTYPES.items()}
+
+
+def open(
+    path: str | os.PathLike,
+    framework: str = "pt",
+    base: str | os.PathLike | Mapping[str, Any] | None = None,
+    *,
+    threads: int | None = None,
+    verify: bool = True,
+) -> "File":
+    """Open a `.tall` file.
+
+    ``framework`` says what tensors are made of: "pt" (PyTorch) or "np" (NumPy, with ml_dtypes'
+    bfloat16 and float8). ``base`` is the base checkpoint, needed where the file only references
+    it. ``threads``: for decoding; default, one per CPU. ``verify=False`` leaves the checksums of
+    what is decoded unchecked (never those of header and index).
+
+    Raises FormatError (VersionError, ChecksumError) when it is not a sound `.tall` file,
+    ReadError when it cannot be read, and what opening a checkpoint raises for ``base``.
+    """
+    return File(path, framework, base, threads=threads, verify=verify)
+
+
+def verify(
+    path: str | os.PathLike,
+    base: str | os.PathLike | Mapping[str, Any] | None = None,
+    *,
+    threads: int | None = None,
+) -> Verification:
+    """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
+    and, where ``base`` is given, that it is the base the file references.
+
+    Raises FormatError, ChecksumError naming every damaged plane with its tensor and task, or
+    BaseMismatchError naming the tensor.
+    """
+    with File(path, "np", base, threads=threads) as file:
+        return file._verify()
+
+
+class File:
+    """A `.tall` file, open for reading. Made by :func:`open`.
+
+    Immutable: any number of threads may use one at once. It can be pickled (by its path), and
+    unpickling fails where another file is under that path by then. A context manager; closing it
+    twice is harmless, and closing it while another thread decodes lets that thread finish.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        framework: str = "pt",
+        base: str | os.PathLike | Mapping[str, Any] | None = None,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+    ):
+        self._core: _core.File | None = None
+        self._base: Checkpoint | None = None
+        self._framework = frameworks.check_framework(framework)
+        self._threads = check_threads(threads)
+        self._check = verify
+        self._path = os.fspath(path)
+        self._base_source = base
+        try:
+            with builtins.open(self._path, "rb") as file:
+                self._size = os.fstat(file.fileno()).st_size
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+        except OSError as error:
+            message = f"{self._path}: cannot be read: {error.strerror}"
+            raise ReadError(error.errno, message) from error
+        self._core = _core.File(self._path, data)
+        if base is not None:
+            self._base = open_checkpoint(base)
+        self._tasks = [task["name"] for task in self._core.tasks()]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks' names, in the order in which they were encoded."""
+        return list(self._tasks)
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of all tensors, of the base and of all tasks, sorted."""
+        return [tensor["name"] for tensor in self._file.tensors()]
+
+    @property
+    def info(self) -> FileInfo:
+        """What the file holds, what it costs, and how close each task comes."""
+        return read_info(self._path, self._size, self._file)
+
+    def metadata(self, task: str | None = None) -> dict[str, str]:
+        """The ``__metadata__`` of a task's checkpoint, or of the base's."""
+        scope = self._scope(task)
+        return {key: value for s, key, value in self._file.metadata() if s == scope}
+
+    def files(self, task: str | None = None) -> dict[str, bytes]:
+        """The small files (configuration, tokenizer) of a task's folder, or of the base's."""
+        scope = self._scope(task)
+        return {
+            name: b"" if plane is None else self._file.read_plane(plane, _inflate)
+            for s, name, plane in self._file.files()
+            if s == scope
+        }
+
+    def decode(
+        self,
+        task: str | None,
+        tensors: Iterable[str] | None = None,
+        out: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Decode a task's checkpoint, or those of its tensors named in ``tensors``.
+
+        Gives name -> tensor, in the fine-tuned checkpoint's own dtypes and shapes; tied tensors
+        come as one. ``out`` maps names to torch tensors or NumPy arrays of just these dtypes and
+        shapes, contiguous, on the CPU, to decode into; they are undefined where decoding fails.
+        A ``task`` of None is the base.
+
+        Raises TaskNotFoundError, TensorNotFoundError, TensorMismatchError before anything is
+        written; ChecksumError, BaseMismatchError, ReadError on bad bytes.
+        """
+        number = self._number(task)
+        names = self._names(number) if tensors is None else list(tensors)
+        if isinstance(tensors, str):
+            raise ArgumentError(f"tensors must be a list of names, not the string {tensors!r}")
+        out = dict(out or {})
+        for name in out.keys() - set(names):
+            raise TensorNotFoundError(f"out[{name!r}]: that tensor is not among those decoded")
+        result, requests, made = {}, [], {}
+        for name in names:
+            tensor = self._file.find_tensor(name)
+            dtype, shape, _ = self._info(number, tensor)
+            original = self._file.original(tensor)
+            if name in out:
+                result[name] = out[name]
+                pointer = frameworks.address(name, out[name], dtype, shape)
+            elif original in made:
+                result[name] = made[original]
+                continue
+            else:
+                result[name], pointer = frameworks.empty(self._framework, dtype, shape)
+                made[original] = result[name]
+            requests.append((tensor, pointer))
+        self._decode(number, requests)
+        return result
+
+    def state_dict(self, task: str | None) -> "StateDict":
+        """A task's checkpoint as a lazy mapping: each tensor is decoded when it is asked for, anew
+        each time. Works as ``state_dict=`` for ``load_state_dict`` and ``from_pretrained``.
+        """
+        self._number(task)
+        return StateDict(self, task)
+
+    def save(
+        self,
+        task: str | None,
+        path: str | os.PathLike,
+        *,
+        max_shard_size: int | str | None = None,
+        overwrite: bool = False,
+    ) -> list[str]:
+        """Decode a task into a checkpoint: a `.safetensors` file, a torch file, or, where the path
+        has no such ending, a Hugging Face folder with the task's small files.
+
+        ``max_shard_size`` ("5GB", or bytes) splits a folder's weights. Returns the files written.
+        Raises what :meth:`decode` raises, OutputExistsError, WriteError and ArgumentError.
+        """
+        number = self._number(task)
+        ids = {name: self._file.find_tensor(name) for name in self._names(number)}
+        specs = {name: self._info(number, tensor)[:2] for name, tensor in ids.items()}
+
+        def fill(buffers: Mapping[str, Any]) -> None:
+            self._decode(
+                number, [(ids[name], buffer.ctypes.data) for name, buffer in buffers.items()]
+            )
+
+        written = write_checkpoint(
+            path,
+            specs,
+            fill,
+            metadata=self.metadata(task),
+            files=self.files(task),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+        return [os.fspath(p) for p in written]
+
+    def close(self) -> None:
+        self._core = None
+        if self._base is not None:
+            self._base.close()
+
+    def __enter__(self) -> "File":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._core is None else f"tasks {self._tasks}"
+        return f"<tallcodec.File {self._path!r}, {state}>"
+
+    def __reduce__(self):
+        arguments = (self._path, self._framework, self._base_source, self._threads, self._check)
+        return _reopen, (*arguments, self._file.identity())
+
+    @property
+    def _file(self) -> _core.File:
+        file = self._core
+        if file is None:
+            raise ClosedError(f"{self._path}: the file was closed")
+        return file
+
+    def _number(self, task: str | None) -> int:
+        return _core.NONE if task is None else self._file.find_task(task)
+
+    def _scope(self, task: str | None) -> int:
+        return _core.SCOPE_BASE if task is None else self._file.find_task(task)
+
+    def _names(self, number: int) -> list[str]:
+        return self._file.names(number)
+
+    def _info(self, number: int, tensor: int) -> tuple[str, tuple[int, ...], int]:
+        dtype, shape, nbytes = self._file.info(number, tensor)
+        return _DTYPE_NAMES[dtype], shape, nbytes
+
+    def _decode(self, number: int, requests: list[tuple[int, int]]) -> None:
+        """Decode (tensor, address of its memory) pairs."""
+        file = self._file
+        sources = [self._base_tensor(number, tensor) for tensor, _ in requests]
+        file.decode(
+            [(number, *request, source) for request, source in zip(requests, sources)],
+            self._threads,
+            self._check,
+            _inflate,
+        )
+
+    def _base_tensor(self, number: int, tensor: int) -> tuple[int, int] | None:
+        """Where the referenced base's tensor lies, if decoding needs it."""
+        if not self._file.needs_base(number, tensor) or self._base is None:
+            return None
+        tensor = self._file.original(tensor)
+        dtype, shape, _ = self._info(_core.NONE, tensor)
+        name = self._file.name(tensor)
+        found = self._base.tensors.get(name)
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            has = "lacks it" if found is None else f"has {found.dtype} {found.shape}"
+            raise BaseMismatchError(
+                f"{self._path}: the base that was given is not the one the file was encoded "
+                f"against: tensor {name!r} is {dtype} {shape}, {self._base.label} {has}"
+            )
+        return found.fd, found.offset
+
+    def _verify(self) -> Verification:
+        file = self._file
+        damaged = file.verify(self._threads)
+        if damaged:
+            planes = dict.fromkeys(plane for plane, _ in damaged)
+            what = "; ".join(file.describe(plane) for plane in planes)
+            raise ChecksumError(f"{self._path}: damaged, wrong checksums in: {what}")
+        planes = file.planes()
+        for number, (_, coding, *_) in enumerate(planes):
+            if coding == numbers.ZSTD:
+                file.read_plane(number, _inflate)
+        referenced = any(coding == numbers.EXTERNAL for _, coding, *_ in planes)
+        if referenced and self._base is not None:
+            for name in self._names(_core.NONE):
+                self.decode(None, [name])
+        return Verification(
+            path=self._path,
+            bytes=self._size,
+            tasks=len(self._tasks),
+            tensors=len(file.tensors()),
+            planes=len(planes),
+            base_checked=not referenced or self._base is not None,
+        )
+
+
+class StateDict(Mapping):
+    """A task's checkpoint, decoded tensor by tensor as it is asked for. See File.state_dict."""
+
+    def __init__(self, file: File, task: str | None):
+        self._file = file
+        self._task = task
+        self._keys = dict.fromkeys(file._names(file._number(task)))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._keys:
+            raise TensorNotFoundError(f"task {self._task!r} has no tensor {name!r}")
+        return self._file.decode(self._task, [name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would decode the tensor
+        return name in self._keys
+
+
+def _reopen(path, framework, base, threads, check, identity) -> File:
+    file = File(path, framework, base, threads=threads, verify=check)
+    if file._file.identity() != identity:
+        file.close()
+        raise FormatError(f"{path}: this is not the file that was pickled; it was replaced since")
+    return file
+
+
+def _inflate(frame: memoryview, raw_size: int) -> bytes:
+    """One zstd frame of known raw size, which it must state itself: nothing larger is allocated."""
+    try:
+        if zstandard.frame_content_size(frame) != raw_size:
+            raise FormatError("a zstd frame does not have the size that the index says")
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=raw_size)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"a zstd frame cannot be decompressed: {error}") from error

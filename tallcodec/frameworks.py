@@ -1,0 +1,62 @@
+"""Tensors of the caller's framework as memory: made, checked and addressed."""
+
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import DTYPES, dtype_name, torch_dtype
+from .errors import ArgumentError, TensorMismatchError
+
+_FRAMEWORKS = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
+
+
+def check_framework(name: str) -> str:
+    """ "pt" or "np". Raises ArgumentError for another name, or where torch is not installed."""
+    if name not in _FRAMEWORKS:
+        known = ", ".join(repr(n) for n in _FRAMEWORKS)
+        raise ArgumentError(f"framework must be one of {known}, not {name!r}")
+    if _FRAMEWORKS[name] == "pt":
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise ArgumentError(
+                'framework "pt" needs PyTorch: install it, or pass framework="np"'
+            ) from error
+    return _FRAMEWORKS[name]
+
+
+def empty(framework: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, int]:
+    """A new tensor and the address of its memory."""
+    if framework == "np":
+        array = np.empty(shape, DTYPES[dtype].numpy)
+        return array, array.ctypes.data
+    import torch
+
+    tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+    return tensor, tensor.data_ptr()
+
+
+def address(name: str, tensor: Any, dtype: str, shape: tuple[int, ...]) -> int:
+    """The address of a caller's tensor, which must be just what is decoded into it."""
+    if isinstance(tensor, np.ndarray):
+        contiguous, place = tensor.flags.c_contiguous, "cpu"
+        writable = tensor.flags.writeable and tensor.dtype.isnative
+        pointer = tensor.ctypes.data
+    elif hasattr(tensor, "data_ptr"):
+        contiguous, place, writable = tensor.is_contiguous(), tensor.device.type, True
+        pointer = tensor.data_ptr() if place == "cpu" else 0
+    else:
+        raise TensorMismatchError(
+            f"out[{name!r}] is a {type(tensor).__name__}, not a torch tensor or a NumPy array"
+        )
+    found = dtype_name(tensor.dtype) or str(tensor.dtype)
+    if (found, tuple(tensor.shape)) != (dtype, shape):
+        raise TensorMismatchError(
+            f"out[{name!r}] is {found} {tuple(tensor.shape)}, the task's tensor is {dtype} {shape}"
+        )
+    if place != "cpu" or not contiguous or not writable:
+        what = f"on {place}" if place != "cpu" else "read-only" if contiguous else "not contiguous"
+        raise TensorMismatchError(
+            f"out[{name!r}] is {what}; it must be contiguous, writable memory of the CPU"
+        )
+    return pointer

@@ -1,0 +1,227 @@
+"""What a file holds and what it costs, as numbers and as a table."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from . import _core, numbers
+from .numbers import name_of
+
+_KINDS = {1: "base", 2: "shared", 3: "mask", 4: "ternary", 5: "scales", 6: "verbatim", 7: "file"}
+
+
+@dataclass(frozen=True)
+class VerbatimTensor:
+    """A tensor stored as it is, and why."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    """As stored, perhaps compressed."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """One task: how it is coded, what that costs, and how close it comes.
+
+    ``density``, ``gain`` and ``error`` are over the task's coded parameters, from sums in float64
+    of the float32 values τ = θ_t − θ₀ and τ̂ = g·(m∘s). They do not count the rounding
+    to the checkpoint's dtype. NaN where nothing is coded.
+    """
+
+    name: str
+    method: str
+    threshold: float
+    parameters: int
+    """Elements of all tensors of the task."""
+    coded_parameters: int
+    """Elements of those that have a mask."""
+    bytes: int
+    """Of the planes that are the task's own: masks, scales per row, verbatim tensors."""
+    bits: float
+    """8 · ``bytes`` ÷ ``parameters``."""
+    density: float
+    """Share of mask bits that are 1."""
+    published_density: float
+    """The same by the published rule, which also sets bits where the shared vector is zero."""
+    gain: float
+    """⟨τ̂,τ⟩ ÷ ⟨τ,τ⟩."""
+    error: float
+    """‖τ̂ − τ‖ ÷ ‖τ‖."""
+    tensors: dict[str, int]
+    """How many are "as the base", "mask", "verbatim", "absent" or "tied"."""
+    verbatim: list[VerbatimTensor]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A `.tall` file. ``str()`` of it is a table, :meth:`to_dict` is for machines."""
+
+    path: str
+    writer: str
+    bytes: int
+    base_storage: str
+    merge: str
+    scale: str
+    tensors: int
+    base_parameters: int
+    base_bytes: int
+    """Of the base checkpoint's tensors, embedded or not."""
+    planes: dict[str, int]
+    """Stored bytes by kind: "base", "shared", "mask", "scales", "verbatim", "file"."""
+    overhead: int
+    """Bytes of the file in no plane: header, index, padding and free ranges."""
+    metadata: dict[str, str]
+    tasks: list[TaskInfo]
+
+    @property
+    def models(self) -> float:
+        """The file's size in base checkpoints, counting a base that is only referenced."""
+        external = self.base_bytes if self.base_storage == "reference" else 0
+        return (self.bytes + external) / self.base_bytes if self.base_bytes else math.nan
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"models": self.models}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {_size(self.bytes)}, {len(self.tasks)} tasks, {self.tensors} tensors, "
+            f"{self.base_parameters:,} parameters",
+            f"base {self.base_storage}, merge {self.merge}, scale {self.scale}, "
+            f"{self.models:.3f} × the base for base and tasks together; written by {self.writer}",
+            "bytes: " + ", ".join(f"{kind} {_size(n)}" for kind, n in self.planes.items())
+            + f", else {_size(self.overhead)}",
+            "",
+        ]  # fmt: skip
+        rows = [("task", "λ", "bits/param", "density", "gain", "error", "mask", "base", "verbatim")]
+        for t in self.tasks:
+            rows.append((
+                t.name, f"{t.threshold:g}", f"{t.bits:.3f}", f"{t.density:.3f}", f"{t.gain:.3f}",
+                f"{t.error:.3f}", str(t.tensors["mask"]), str(t.tensors["as the base"]),
+                str(t.tensors["verbatim"]),
+            ))  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
+            lines.append("  ".join(cells).rstrip())
+        for task in self.tasks:
+            for v in task.verbatim:
+                lines.append(
+                    f"verbatim: {task.name}, {v.name} {v.dtype} {list(v.shape)}, "
+                    f"{_size(v.bytes)}: {v.reason}"
+                )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`tallcodec.verify` found to be whole."""
+
+    path: str
+    bytes: int
+    tasks: int
+    tensors: int
+    planes: int
+    base_checked: bool
+    """Whether a referenced base was given and is the right one; True where it is embedded."""
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        base = "" if self.base_checked else "; its base is only referenced and was not checked"
+        return (
+            f"{self.path}: whole: {_size(self.bytes)}, {self.tasks} tasks, {self.tensors} tensors, "
+            f"{self.planes} planes{base}"
+        )
+
+
+def read_info(path: str, size: int, file: _core.File) -> FileInfo:
+    """Gather a file's numbers from its index."""
+    header, tensors, planes = file.header(), file.tensors(), file.planes()
+    stored = dict.fromkeys(_KINDS.values(), 0)
+    for kind, _, _, plane_size, _ in planes:
+        stored[_KINDS.get(kind, "unknown")] = stored.get(_KINDS.get(kind, "unknown"), 0) + plane_size
+    base_bytes = base_parameters = 0
+    for i, tensor in enumerate(tensors):
+        if tensor["in_base"] and tensor["alias"] is None:
+            base_bytes += file.info(_core.NONE, i)[2]
+            base_parameters += math.prod(tensor["shape"])
+    return FileInfo(
+        path=path,
+        writer=header["writer"],
+        bytes=size,
+        base_storage=name_of(header["base_storage"], numbers.BASE_STORAGES),
+        merge=name_of(header["merge"], numbers.MERGES),
+        scale=name_of(header["scale"], numbers.SCALES),
+        tensors=len(tensors),
+        base_parameters=base_parameters,
+        base_bytes=base_bytes,
+        planes={kind: count for kind, count in stored.items() if count},
+        overhead=size - sum(stored.values()),
+        metadata={k: v for scope, k, v in file.metadata() if scope == _core.SCOPE_FILE},
+        tasks=[_task_info(file, i, task, tensors, planes) for i, task in enumerate(file.tasks())],
+    )
+
+
+def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes: list) -> TaskInfo:
+    kinds = ("as the base", "mask", "verbatim", "absent")
+    tally = dict.fromkeys((*kinds, "tied", "unknown"), 0)
+    parameters = coded = stored = set_bits = published = 0
+    tau_sq = dot = approx_sq = 0.0
+    verbatim = []
+    for i, (tensor, entry) in enumerate(zip(tensors, file.entries(number))):
+        if tensor["alias"] is not None:
+            tally["tied"] += 1
+            continue
+        if entry["coding"] >= len(kinds):
+            tally["unknown"] += 1
+            continue
+        tally[kinds[entry["coding"]]] += 1
+        if entry["coding"] == numbers.ABSENT:
+            continue
+        dtype, shape, _ = file.info(number, i)
+        elements = math.prod(shape)
+        parameters += elements
+        own = [planes[p][3] for p in (entry["plane"], entry["scales_plane"]) if p is not None]
+        stored += sum(own)
+        if entry["coding"] == numbers.VERBATIM:
+            reason = name_of(entry["reason"], numbers.REASONS)
+            name = name_of(dtype, numbers.DTYPES)
+            verbatim.append(VerbatimTensor(tensor["name"], name, shape, sum(own), reason))
+        elif entry["coding"] == numbers.MASK:
+            coded += elements
+            set_bits += entry["set_bits"]
+            published += entry["published_bits"]
+            tau_sq += entry["tau_sq"]
+            dot += entry["dot"]
+            approx_sq += entry["approx_sq"]
+    error_sq = max(0.0, approx_sq - 2 * dot + tau_sq)
+    return TaskInfo(
+        name=task["name"],
+        method=name_of(task["method"], numbers.METHODS),
+        threshold=float(f"{task['threshold']:.9g}"),
+        parameters=parameters,
+        coded_parameters=coded,
+        bytes=stored,
+        bits=_ratio(8 * stored, parameters),
+        density=_ratio(set_bits, coded),
+        published_density=_ratio(published, coded),
+        gain=_ratio(dot, tau_sq),
+        error=math.sqrt(_ratio(error_sq, tau_sq)),
+        tensors={kind: count for kind, count in tally.items() if kind != "unknown" or count},
+        verbatim=verbatim,
+    )
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _size(n: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} TB"

@@ -1,0 +1,14 @@
+"""The `threads` argument."""
+
+import os
+
+from .errors import ArgumentError
+
+
+def check_threads(threads: int | None) -> int:
+    """``threads``, or one per CPU this process may use where it is None."""
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if not isinstance(threads, int) or threads < 1:
+        raise ArgumentError(f"threads must be a whole number of at least 1, not {threads!r}")
+    return threads
