@@ -1,0 +1,87 @@
+// The kernels: one table of function pointers per instruction set. Kernels see arrays, never files,
+// never allocate, never fail, and every variant gives the same bits as the scalar one.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace tallcodec {
+
+constexpr uint32_t kScaleBlock = 128;  // elements per scale of an int8 shared vector
+constexpr uint32_t kLanes = 16;        // float64 partial sums per statistic
+
+// Running sums of one task over a range of elements, in float64. Element i of the range adds to lane
+// i % kLanes. tau = task - base; approx = m*s, the decoded task vector at scale 1. All products are
+// exact (two float32 factors), so a fused multiply-add gives the same bits.
+struct Sums {
+  double tau_sq[kLanes];     // sum of tau * tau
+  double dot[kLanes];        // sum of tau * approx
+  double approx_sq[kLanes];  // sum of approx * approx
+};
+
+struct TaskStats {
+  Sums sums;
+  uint64_t set_bits;        // mask bits stored as 1
+  uint64_t published_bits;  // bits the published rule sets, those where s = 0 included
+  bool nonfinite;           // the task has a NaN or an infinity (never cleared by a kernel)
+};
+
+// One pass over n elements of a base and of all its tasks: the shared vector, the masks, the
+// statistics. Everything accumulates: the caller zeroes it before the first call of a range, and
+// every call but a range's last has n a multiple of kScaleBlock.
+struct EncodeBlock {
+  uint64_t n;
+  uint32_t tasks;
+  const void* base;
+  DType base_dtype;
+  const void* const* task;  // [tasks]
+  const DType* task_dtype;  // [tasks]
+  const float* threshold;   // [tasks] lambda
+  void* shared;             // out: n elements of shared_dtype (I8: quantised)
+  DType shared_dtype;       // F32, BF16, F16 or I8
+  float* shared_scales;     // out, I8 only: one per kScaleBlock elements
+  uint8_t* const* mask;     // out: [tasks] planes of (n + 7) / 8 bytes, spare bits 0
+  TaskStats* stats;         // [tasks]
+  uint64_t* agreement;      // [tasks + 1] elements on which exactly k tasks are active (published rule)
+  bool base_nonfinite;      // set where the base has a NaN or an infinity
+};
+
+// Elements first .. first + n of a tensor. base, shared, task and out point at element `first`;
+// mask and shared_scales at the element first - phase, where phase = first % kScaleBlock.
+struct DecodeBlock {
+  uint64_t n;
+  uint32_t phase;
+  const void* base;
+  DType base_dtype;
+  const void* shared;
+  DType shared_dtype;
+  const float* shared_scales;
+  const uint8_t* mask;  // null: no bit is set, the base is only converted
+  float scale;          // g; 1 gives the published decode exactly
+  void* out;
+  DType out_dtype;
+};
+
+struct Kernels {
+  const char* name;
+  void (*encode)(EncodeBlock&);
+  void (*decode)(const DecodeBlock&);
+  // Adds the sums of one task over a range that begins at lane 0, from stored masks: for scales per
+  // row. Uses n, phase, base, shared, shared_scales and mask of the block; out and scale are ignored.
+  void (*sums)(const DecodeBlock&, const void* task, DType task_dtype, Sums&);
+  // XXH3-64 (seed 0, default secret) of `size` bytes, a multiple of 64, extended by zero bytes to 256
+  // where shorter.
+  uint64_t (*hash)(const void* data, size_t size);
+};
+
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;
+
+// The best table this CPU runs, or the one TALLCODEC_KERNELS (or a non-null `name`) forces.
+// Null when the forced one is unknown or the CPU cannot run it.
+const Kernels* find_kernels(const char* name = nullptr);
+
+// The tables this CPU runs, best first, ended by a null pointer.
+const Kernels* const* available_kernels();
+
+}  // namespace tallcodec

@@ -1,0 +1,200 @@
+// The core without Python: a small file encoded, decoded, and then damaged in every way that a bit or a
+// missing end can do, with the checksums as they are and with those of header and index made right again.
+// Meant to be run under sanitizers: no byte from a file may take the reader outside its buffers.
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "encode.h"
+#include "format.h"
+#include "kernels.h"
+
+using namespace tallcodec;
+
+namespace {
+
+using Bytes = std::vector<uint8_t>;
+
+template <class T>
+Source source(const std::vector<T>& values) {
+  return {reinterpret_cast<const uint8_t*>(values.data()), -1, 0};
+}
+
+// A base and two tasks with an entry of every coding, encoded into a temporary file and read back.
+Bytes encode(ScaleMode scale, BaseStorage storage, DType shared, const std::vector<float>& base) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<std::vector<float>> tasks(2, base);
+  for (auto& task : tasks) {
+    for (float& x : task) x += 0.01f * normal(random);
+  }
+  std::vector<float> broken = tasks[1];
+  broken[3] = HUGE_VALF;
+  const std::vector<int64_t> steps{16777217, 2, 3};
+  const std::vector<uint64_t> shape{6, base.size() / 6}, three{3}, one_row{base.size()};
+
+  std::FILE* temporary = std::tmpfile();
+  const int fd = fileno(temporary);
+  Encoder encoder(fd, "test.tall", "test", scale, storage);
+  encoder.add_task("a", 0.4f);
+  encoder.add_task("b", 0.5f);
+  auto tensor = [&](const char* name, bool in_base, uint32_t alias = kNone) {
+    return encoder.add_tensor(name, in_base, in_base ? DType::F32 : DType{},
+                              in_base ? shape : std::vector<uint64_t>{}, shared,
+                              in_base ? source(base) : Source{}, alias);
+  };
+  uint32_t head = tensor("head", false), nan = tensor("nan", true), same = tensor("same", true);
+  uint32_t weight = tensor("weight", true);
+  tensor("weight.tied", true, weight);
+  for (uint32_t k = 0; k < 2; ++k) {
+    encoder.set_entry(k, weight, Coding::Mask, DType::F32, shape, Reason::None, source(tasks[k]));
+    encoder.set_entry(k, same, Coding::Base, DType::F32, shape, Reason::None, {});
+    encoder.set_entry(k, nan, Coding::Mask, DType::F32, shape, Reason::None,
+                      source(k ? broken : tasks[0]));
+  }
+  encoder.set_entry(0, head, Coding::Verbatim, DType::I64, three, Reason::NotInBase, {});
+  Options options;
+  options.threads = 2;
+  encoder.run(options);
+  for (auto pending : encoder.verbatim()) {
+    auto bytes = [](const auto& v) {
+      return std::string_view(reinterpret_cast<const char*>(v.data()), v.size() * sizeof v[0]);
+    };
+    std::string_view plane = pending.tensor == head ? bytes(steps) : bytes(broken);
+    encoder.append_verbatim(pending.task, pending.tensor, PlaneCoding::Raw, plane, plane.size());
+  }
+  encoder.add_file(1, "config.json", encoder.append_file_plane(PlaneCoding::Raw, "{}", 2));
+  encoder.add_metadata(kScopeFile, "who", "tests");
+  Bytes file(encoder.finish());
+  CHECK(::pread(fd, file.data(), file.size(), 0) == static_cast<ssize_t>(file.size()));
+  std::fclose(temporary);
+  return file;
+}
+
+// Everything a file decodes to; what a reader refuses is left out and counted.
+struct Decoded {
+  std::map<std::string, Bytes> tensors;
+  int refused = 0;
+};
+
+Decoded decode(const Bytes& bytes, const std::vector<float>& base) {
+  Decoded result;
+  try {
+    File file("test.tall", bytes.size(), [&](uint64_t offset, uint64_t size) {
+      CHECK(offset <= bytes.size() && size <= bytes.size() - offset);
+      return bytes.data() + offset;
+    });
+    const Index& index = file.index();
+    for (uint32_t k = 0; k <= index.tasks.size(); ++k) {
+      uint32_t task = k == index.tasks.size() ? kNone : k;
+      for (uint32_t i = 0; i < index.tensors.size(); ++i) {
+        try {
+          if (!file.has(task, i)) continue;
+          TensorInfo info = file.info(task, i);
+          if (info.nbytes > 1 << 20) continue;  // what a caller would not allocate
+          Bytes out(info.nbytes, 0xEE);
+          Source external;
+          if (file.needs_base(task, i)) {
+            external = info.nbytes == base.size() * sizeof(float) ? source(base) : Source{};
+          }
+          file.decode({{task, i, out.data(), external}}, {});
+          result.tensors[std::to_string(task) + "/" + std::string(index.text(index.tensors[i].name))] = out;
+        } catch (const Error&) {
+          ++result.refused;
+        }
+      }
+    }
+    for (const FileRecord& f : index.files) {
+      try {
+        if (f.plane == kNone || index.planes[f.plane].raw_size > 1 << 20) continue;
+        Bytes out(index.planes[f.plane].raw_size);
+        file.read_plane(f.plane, out.data(), {});
+        result.tensors["file/" + std::string(index.text(f.name))] = out;
+      } catch (const Error&) {
+        ++result.refused;
+      }
+    }
+    file.verify({});
+    for (uint32_t p = 0; p < index.planes.size(); ++p) file.describe(p);
+  } catch (const Error&) {
+    ++result.refused;
+  }
+  return result;
+}
+
+// What is decoded from a damaged file is what the sound one gives, or refused.
+bool harmless(const Decoded& damaged, const Decoded& sound) {
+  if (damaged.tensors.size() + damaged.refused < sound.tensors.size() && !damaged.refused) return false;
+  for (const auto& [name, bytes] : damaged.tensors) {
+    auto it = sound.tensors.find(name);
+    if (it == sound.tensors.end() || it->second != bytes) return false;
+  }
+  return true;
+}
+
+// Makes the checksums of slot and index right, so that the validator has to find what is wrong.
+void fix_checksums(Bytes& file) {
+  Header header;
+  std::memcpy(&header, file.data(), sizeof header);
+  Slot& slot = header.slot[0];
+  if (slot.index_offset <= file.size() && slot.index_size <= file.size() - slot.index_offset &&
+      slot.index_size % 64 == 0) {
+    slot.index_hash = find_kernels("scalar")->hash(file.data() + slot.index_offset, slot.index_size);
+  }
+  slot.slot_hash = hash_slot(header, slot);
+  std::memcpy(file.data(), &header, sizeof header);
+}
+
+void damage(const Bytes& file, const std::vector<float>& base) {
+  const Decoded sound = decode(file, base);
+  CHECK(sound.refused == 0);
+  CHECK(sound.tensors.size() == 14);  // 5 of task a, 4 of b, 4 of the base, a file
+
+  int flips_refused = 0;
+  for (size_t at = 0; at < file.size(); ++at) {
+    for (int bit = 0; bit < 8; ++bit) {
+      Bytes flipped = file;
+      flipped[at] ^= uint8_t(1 << bit);
+      Decoded result = decode(flipped, base);
+      CHECK(harmless(result, sound));
+      flips_refused += result.refused > 0;
+    }
+  }
+  CHECK(flips_refused > 0);
+  for (size_t size = 0; size < file.size(); ++size) {
+    Decoded result = decode(Bytes(file.begin(), file.begin() + size), base);
+    CHECK(result.tensors.empty() && result.refused == 1);
+  }
+  // Beyond checksums: whatever the index says, reading it stays within the file and the buffers.
+  std::mt19937 random(2);
+  const Header* header = reinterpret_cast<const Header*>(file.data());
+  const uint64_t begin = header->slot[0].index_offset, size = header->slot[0].index_size;
+  for (int round = 0; round < 20000; ++round) {
+    Bytes hostile = file;
+    for (int changes = 1 + random() % 3; changes; --changes) {
+      size_t at = random() % 8 ? begin + random() % size : 64 + random() % 64;
+      const uint8_t odd[] = {0, 1, 0x7F, 0x80, 0xFF, uint8_t(random())};
+      hostile[at] = odd[random() % 6];
+    }
+    fix_checksums(hostile);
+    decode(hostile, base);
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::vector<float> base(6 * 35);
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal;
+  for (float& x : base) x = normal(random);
+  damage(encode(ScaleMode::None, BaseStorage::Embedded, DType::F32, base), base);
+  damage(encode(ScaleMode::UnitGainRow, BaseStorage::Referenced, DType::I8, base), base);
+  return finish_checks();
+}
