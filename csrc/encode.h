@@ -11,6 +11,8 @@
 
 namespace tallcodec {
 
+struct Draft;
+
 // Writes one file. Calls in this order: add_task and add_tensor, set_entry, run, append_*, finish.
 // Throws Error; what was written to the file by then is to be thrown away.
 class Encoder {
@@ -45,7 +47,6 @@ class Encoder {
   uint64_t finish();  // writes the index and, last of all, the header; gives the file's size
 
  private:
-  struct Draft;
   std::unique_ptr<Draft> draft_;
 };
 

@@ -84,6 +84,10 @@ class Decoder {
 
   PlaneBytes stored_plane(uint32_t id) const {
     const PlaneRecord& p = index_.planes[id];
+    if (!is_known(p.kind)) {
+      throw Error(Status::Version, text(file_.label(), ": ", file_.describe(id), " has kind ",
+                                        int(p.kind), ", which needs a newer tallcodec"));
+    }
     if (p.coding == PlaneCoding::External) return {&p, id, {}};
     return {&p, id, Source{fetch_(p.offset, align64(p.size))}};
   }

@@ -15,6 +15,8 @@ constexpr uint32_t kVersion = 1;
 constexpr uint64_t kAlign = 64;
 constexpr uint64_t kSumBlock = 65536;  // bytes per checksum
 constexpr uint64_t kUnit = 524288;     // elements per statistics unit; a mask's checksum block
+constexpr uint64_t kMaxZstdRatio = 32768;  // raw bytes per byte of a zstd frame, at most
+constexpr uint8_t kMaxRank = 32;
 constexpr uint32_t kScopeBase = 0xFFFFFFFF;
 constexpr uint32_t kScopeFile = 0xFFFFFFFE;
 
@@ -22,6 +24,9 @@ constexpr uint64_t align64(uint64_t x) { return (x + (kAlign - 1)) & ~(kAlign - 
 constexpr uint64_t sum_count(uint64_t size) { return (align64(size) + kSumBlock - 1) / kSumBlock; }
 
 enum class PlaneKind : uint8_t { Base = 1, Shared, Mask, Ternary, Scales, Verbatim, File };
+constexpr bool is_known(PlaneKind kind) {
+  return kind >= PlaneKind::Base && kind <= PlaneKind::File && kind != PlaneKind::Ternary;
+}
 enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External };
 enum class BaseStorage : uint8_t { Embedded = 1, Referenced };
 enum class Merge : uint8_t { TaskArithmetic = 1 };

@@ -146,6 +146,7 @@ class Validator {
   uint64_t elements(uint32_t dims, uint8_t rank, const Who& who) const {
     require(rank ? add(dims, rank) <= index_.dims.size() : dims == 0, who,
             ": dims lie outside the table");
+    require(rank <= kMaxRank, who, " has rank ", int(rank));
     uint64_t n = 1;
     bool empty = false;
     for (uint8_t i = 0; i < rank; ++i) {
@@ -165,6 +166,7 @@ class Validator {
     }
     require(id < index_.planes.size(), who, " names plane ", id, " of ", index_.planes.size());
     const PlaneRecord& p = index_.planes[id];
+    if (!is_known(p.kind)) return;  // of a newer writer; refused when it is asked for
     require(p.kind == kind, who, " names a plane of another kind (", int(p.kind), ")");
     require(p.raw_size == raw_size, who, ": its plane has ", p.raw_size, " bytes, its shape makes ",
             raw_size);
@@ -203,6 +205,8 @@ class Validator {
       if (p.coding == PlaneCoding::Zstd) {
         require(p.kind == PlaneKind::Verbatim || p.kind == PlaneKind::File, "plane ", i,
                 " is a zstd frame but neither verbatim nor a file");
+        require(p.raw_size <= multiply(p.size, kMaxZstdRatio), "plane ", i,
+                " claims more bytes than a zstd frame of its size can hold");
       }
       uint64_t bytes = external ? p.raw_size : p.size;
       require(bytes <= uint64_t{INT64_MAX}, "plane ", i, " is absurdly large");
@@ -388,9 +392,10 @@ class Validator {
               "' belongs to no task");
       require(seen.insert(text(f.scope, '/', name)).second, "file '", name, "' is there twice");
       if (f.plane != kNone) {
-        require(f.plane < index_.planes.size() &&
-                    index_.planes[f.plane].kind == PlaneKind::File,
-                "file '", name, "' names no plane of a file");
+        require(f.plane < index_.planes.size(), "file '", name, "' names no plane");
+        PlaneKind kind = index_.planes[f.plane].kind;
+        require(kind == PlaneKind::File || !is_known(kind), "file '", name,
+                "' names a plane of another kind");
       }
     }
   }

@@ -1,0 +1,210 @@
+// Planes, where they go, and the index that names them.
+#include "draft.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "text.h"
+
+namespace tallcodec {
+
+void Draft::place() {
+  bool embed = storage == BaseStorage::Embedded;
+  for (DraftTensor& t : tensors) {
+    uint64_t size = t.elements() * size_of(t.record.dtype);
+    if (!t.record.in_base || t.record.alias != kNone || !size) continue;
+    t.record.base_plane =
+        embed ? reserve(PlaneKind::Base, size)
+              : reserve(PlaneKind::Base, PlaneCoding::External, 0, size);
+  }
+  for (DraftTensor& t : tensors) {
+    if (t.coded().empty()) continue;
+    t.record.shared_dtype = t.shared_dtype;
+    t.record.shared_plane = reserve(PlaneKind::Shared, t.elements() * size_of(t.shared_dtype));
+    if (t.shared_dtype == DType::I8) {
+      uint64_t blocks = (t.elements() + kScaleBlock - 1) / kScaleBlock;
+      t.record.shared_scales_plane = reserve(PlaneKind::Scales, blocks * 4);
+    }
+  }
+  for (uint32_t k = 0; k < tasks.size(); ++k) {
+    for (DraftTensor& t : tensors) {
+      EntryRecord& e = t.entries[k].record;
+      if (e.coding != Coding::Mask) continue;
+      e.plane = reserve(PlaneKind::Mask, (t.elements() + 7) / 8);
+      if (scale == ScaleMode::UnitGainRow) e.scales_plane = reserve(PlaneKind::Scales, t.rows() * 4);
+    }
+  }
+}
+
+uint32_t Draft::reserve(PlaneKind kind, PlaneCoding coding, uint64_t size, uint64_t raw_size) {
+  DraftPlane plane;
+  plane.record.kind = kind;
+  plane.record.coding = coding;
+  plane.record.raw_size = raw_size;
+  if (coding != PlaneCoding::External) {
+    plane.record.offset = end;
+    plane.record.size = size;
+    end += align64(size);
+  }
+  plane.sums.resize(sum_count(coding == PlaneCoding::External ? raw_size : size));
+  planes.push_back(std::move(plane));
+  return static_cast<uint32_t>(planes.size() - 1);
+}
+void Draft::put(uint32_t id, uint64_t position, const void* data, uint64_t size) {
+  DraftPlane& plane = planes[id];
+  auto bytes = static_cast<const uint8_t*>(data);
+  uint64_t whole = size / kSumBlock * kSumBlock;
+  uint64_t* sum = &plane.sums[position / kSumBlock];
+  for (uint64_t at = 0; at < whole; at += kSumBlock) *sum++ = kernels->hash(bytes + at, kSumBlock);
+  if (whole < size) {
+    std::vector<uint8_t> end(align64(size - whole));
+    std::memcpy(end.data(), bytes + whole, size - whole);
+    *sum = kernels->hash(end.data(), end.size());
+  }
+  if (plane.record.coding != PlaneCoding::External) {
+    write(data, size, plane.record.offset + position);
+  }
+}
+
+uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size) {
+  if (bytes.empty()) return kNone;
+  uint32_t id = reserve(kind, coding, bytes.size(), raw_size);
+  put(id, 0, bytes.data(), bytes.size());
+  return id;
+}
+
+void Draft::drop(uint32_t& plane) {
+  if (plane != kNone) planes[plane].dropped = true;
+  plane = kNone;
+}
+
+// Dropped planes hold what was found to be of no use: the same file must come out for the same input.
+void Draft::clear(uint64_t offset, uint64_t size) const {
+  std::vector<uint8_t> zeros(std::min(size, kSumBlock));
+  for (uint64_t done = 0; done < size; done += zeros.size()) {
+    write(zeros.data(), std::min<uint64_t>(zeros.size(), size - done), offset + done);
+  }
+}
+
+void Draft::write(const void* data, uint64_t size, uint64_t offset) const {
+  for (uint64_t done = 0; done < size;) {
+    ssize_t put = ::pwrite(fd, static_cast<const uint8_t*>(data) + done, size - done,
+                           static_cast<off_t>(offset + done));
+    if (put >= 0) {
+      done += static_cast<uint64_t>(put);
+    } else if (errno != EINTR) {
+      throw Error(Status::Write, text(label, ": cannot write: ", std::strerror(errno)), errno);
+    }
+  }
+}
+
+uint64_t Draft::finish() {
+  Index index;
+  auto string = [&](const std::string& s) {
+    if (index.strings.size() + s.size() > UINT32_MAX) {
+      throw Error(Status::Argument, "names and metadata together are larger than 4 GiB");
+    }
+    StringRef ref{static_cast<uint32_t>(index.strings.size()), static_cast<uint32_t>(s.size())};
+    index.strings += s;
+    return ref;
+  };
+  auto dims = [&](const std::vector<uint64_t>& shape) {
+    auto first = static_cast<uint32_t>(shape.empty() ? 0 : index.dims.size());
+    index.dims.insert(index.dims.end(), shape.begin(), shape.end());
+    return first;
+  };
+
+  // Planes are numbered as they lie in the file, external ones last; dropped ones become free ranges.
+  std::vector<uint32_t> number(planes.size(), kNone);
+  for (bool external : {false, true}) {
+    for (size_t i = 0; i < planes.size(); ++i) {
+      DraftPlane& p = planes[i];
+      if (p.dropped || (p.record.coding == PlaneCoding::External) != external) continue;
+      number[i] = static_cast<uint32_t>(index.planes.size());
+      p.record.first_sum = index.sums.size();
+      index.sums.insert(index.sums.end(), p.sums.begin(), p.sums.end());
+      index.planes.push_back(p.record);
+    }
+  }
+  auto numbered = [&](uint32_t plane) { return plane == kNone ? kNone : number[plane]; };
+  for (const DraftPlane& p : planes) {
+    if (!p.dropped) continue;
+    uint64_t size = align64(p.record.size);
+    clear(p.record.offset, size);
+    if (!index.free.empty() &&
+        index.free.back().offset + index.free.back().size == p.record.offset) {
+      index.free.back().size += size;
+    } else {
+      index.free.push_back({p.record.offset, size});
+    }
+  }
+
+  index.header.writer = string(writer);
+  index.header.base_storage = storage;
+  index.header.merge = Merge::TaskArithmetic;
+  index.header.scale = scale;
+  for (const DraftTensor& t : tensors) {
+    TensorRecord r = t.record;
+    r.name = string(t.name);
+    r.dims = dims(t.shape);
+    r.base_plane = numbered(r.base_plane);
+    r.shared_plane = numbered(r.shared_plane);
+    r.shared_scales_plane = numbered(r.shared_scales_plane);
+    r.count_count = static_cast<uint32_t>(t.counts.size());
+    r.first_count = static_cast<uint32_t>(t.counts.empty() ? 0 : index.counts.size());
+    index.counts.insert(index.counts.end(), t.counts.begin(), t.counts.end());
+    index.tensors.push_back(r);
+  }
+  for (const auto& [name, threshold] : tasks) {
+    TaskRecord r{};
+    r.name = string(name);
+    r.threshold = threshold;
+    r.method = Method::Tall;
+    index.tasks.push_back(r);
+  }
+  for (uint32_t k = 0; k < tasks.size(); ++k) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const DraftEntry& e = tensors[i].entries[k];
+      EntryRecord r = e.record;
+      if (tensors[i].record.alias == kNone && r.coding != Coding::Absent) {
+        r.dims = r.coding == Coding::Verbatim ? dims(e.shape) : index.tensors[i].dims;
+        r.plane = numbered(r.plane);
+        r.scales_plane = numbered(r.scales_plane);
+      }
+      index.entries.push_back(r);
+    }
+  }
+  auto scope_order = [](uint32_t scope) {
+    return scope == kScopeFile ? int64_t{-2} : scope == kScopeBase ? int64_t{-1} : int64_t{scope};
+  };
+  std::sort(files.begin(), files.end(), [&](const auto& a, const auto& b) {
+    return std::make_pair(scope_order(a.first.scope), std::string_view(a.second)) <
+           std::make_pair(scope_order(b.first.scope), std::string_view(b.second));
+  });
+  std::sort(metas.begin(), metas.end(), [&](const auto& a, const auto& b) {
+    return std::make_pair(scope_order(a.scope), std::string_view(a.key)) <
+           std::make_pair(scope_order(b.scope), std::string_view(b.key));
+  });
+  for (auto& [record, name] : files) {
+    index.files.push_back({record.scope, numbered(record.plane), string(name)});
+  }
+  for (const auto& meta : metas) {
+    MetaRecord r{};
+    r.scope = meta.scope;
+    r.key = string(meta.key);
+    r.value = string(meta.value);
+    index.metas.push_back(r);
+  }
+
+  std::string bytes = write_index(index);
+  uint64_t file_size = end + bytes.size();
+  Header header = write_header(end, bytes, file_size);
+  write(bytes.data(), bytes.size(), end);
+  write(&header, sizeof header, 0);
+  return file_size;
+}
+
+}  // namespace tallcodec

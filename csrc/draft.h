@@ -1,0 +1,88 @@
+// A file being written: its tensors, tasks and planes before they have their final numbers.
+#pragma once
+#include <functional>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "format.h"
+#include "kernels.h"
+
+namespace tallcodec {
+
+struct DraftPlane {
+  PlaneRecord record{};
+  std::vector<uint64_t> sums;
+  bool dropped = false;
+};
+
+struct DraftEntry {
+  EntryRecord record{};
+  std::vector<uint64_t> shape;
+  Source source;
+};
+
+struct DraftTensor {
+  std::string name;
+  TensorRecord record{};
+  std::vector<uint64_t> shape;
+  DType shared_dtype{};  // what a shared vector will have, if there is one
+  Source base;
+  std::vector<DraftEntry> entries;  // one per task
+  std::vector<uint64_t> counts;
+
+  uint64_t elements() const {
+    return std::accumulate(shape.begin(), shape.end(), uint64_t{1}, std::multiplies<>());
+  }
+  uint64_t rows() const { return shape.size() < 2 ? 1 : shape[0]; }
+  std::vector<uint32_t> coded() const {
+    std::vector<uint32_t> tasks;
+    for (uint32_t k = 0; k < entries.size(); ++k) {
+      if (entries[k].record.coding == Coding::Mask) tasks.push_back(k);
+    }
+    return tasks;
+  }
+};
+
+struct DraftMeta {
+  uint32_t scope;
+  std::string key, value;
+};
+
+// Planes are named by their place in `planes` here; finish() numbers those that are left.
+struct Draft {
+  int fd = -1;
+  std::string label;
+  std::string writer;
+  ScaleMode scale{};
+  BaseStorage storage{};
+  std::vector<std::pair<std::string, float>> tasks;  // name, threshold
+  std::vector<DraftTensor> tensors;
+  std::vector<DraftPlane> planes;
+  std::vector<std::pair<FileRecord, std::string>> files;
+  std::vector<DraftMeta> metas;
+  uint64_t end = sizeof(Header);  // where the next plane goes
+  const Kernels* kernels = nullptr;
+
+  // Reserves the planes of base, shared vectors and masks: one task's masks lie together.
+  void place();
+  uint32_t reserve(PlaneKind kind, PlaneCoding coding, uint64_t size, uint64_t raw_size);
+  uint32_t reserve(PlaneKind kind, uint64_t size) {
+    return reserve(kind, PlaneCoding::Raw, size, size);
+  }
+  // Checksums and writes a part of a plane that begins at a checksum block; all parts but the
+  // plane's last are whole blocks. Several threads may write different parts at once.
+  void put(uint32_t plane, uint64_t position, const void* data, uint64_t size);
+  uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
+  // What was reserved for the plane becomes a free range; its name becomes kNone.
+  void drop(uint32_t& plane);
+  // Writes the index and, last of all, the header; gives the file's size.
+  uint64_t finish();
+
+ private:
+  void write(const void* data, uint64_t size, uint64_t offset) const;
+  void clear(uint64_t offset, uint64_t size) const;
+};
+
+}  // namespace tallcodec
