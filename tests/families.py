@@ -35,7 +35,13 @@ def family(seed=0, tasks=3, big=False):
     def add(name, array, of_task=tune):
         base[name] = array
         for k, state in enumerate(states.values()):
-            state[name] = of_task(array, k)
+            state[name] = np.asarray(of_task(array, k))  # arithmetic on 0-d gives scalars
+
+    def tuned_as(dtype):
+        return lambda array, k: tune(array, k).astype(dtype)
+
+    def cast(dtype):
+        return lambda array, k: array.astype(dtype)
 
     def only(first, then=lambda array, k: array.copy()):
         """`first` makes the first task's tensor, `then` every other's."""
@@ -51,12 +57,11 @@ def family(seed=0, tasks=3, big=False):
     # Another element type in the tasks, or in some; values equal to the base's in it.
     for dtype in ARITHMETIC:
         other = ARITHMETIC[(ARITHMETIC.index(dtype) + 1) % 3]
-        add(f"mixed.{dtype}.all", values((3, 43)).astype(dtype), lambda a, k: tune(a, k).astype(other))
-        add(f"mixed.{dtype}.one", values(77).astype(dtype),
-            only(lambda a, k: tune(a, k).astype(other), tune))
-        add(f"mixed.{dtype}.equal", np.ones(9, dtype), only(lambda a, k: a.astype(other)))
-    add("mixed.empty", np.zeros((0, 3), np.float32), only(lambda a, k: a.astype(np.float16)))
-    add("mixed.verbatim", values(10), only(lambda a, k: a.astype(np.float64)))
+        add(f"mixed.{dtype}.all", values((3, 43)).astype(dtype), tuned_as(other))
+        add(f"mixed.{dtype}.one", values(77).astype(dtype), only(tuned_as(other), tune))
+        add(f"mixed.{dtype}.equal", np.ones(9, dtype), only(cast(other)))
+    add("mixed.empty", np.zeros((0, 3), np.float32), only(cast(np.float16)))
+    add("mixed.verbatim", values(10), only(cast(np.float64)))
 
     # Equal to the base, in all tasks or in some.
     add("equal.all", values((4, 9)), lambda a, k: a.copy())
@@ -114,20 +119,22 @@ def family(seed=0, tasks=3, big=False):
     add("nonfinite.equal", spoilt(np.nan)(values(5), 0), lambda a, k: a.copy())
 
     # Values at the edges: -0 and denormals, what overflows a sum, the shared type or the result.
+    def multiples(unit, factors, size=300):
+        return np.float32(unit) * rng.choice(np.float32(factors), size)
+
     for dtype in ARITHMETIC:
         info = ml_dtypes.finfo(dtype)
-        tiny, huge = np.float32(info.smallest_subnormal), np.float32(info.max)
+        for label, unit, factors in (("denormal", info.smallest_subnormal, range(-9, 10)),
+                                     ("huge", info.max, [-1, -0.5, 0, 0.5, 1])):
+            versions = [multiples(unit, factors).astype(dtype) for _ in range(tasks + 1)]
+            add(f"edge.{dtype}.{label}", versions[0], lambda a, k, v=versions: v[k + 1])
         add(f"edge.{dtype}.zeros", np.array([0.0, -0.0, 0.0, -0.0, 1.0], dtype),
-            lambda a, k: -a if k == 0 else np.roll(a, k))
-        add(f"edge.{dtype}.denormal", (rng.integers(-9, 9, 300).astype(np.float32) * tiny).astype(dtype),
-            lambda a, k: (a.astype(np.float32) + tiny * rng.integers(-3, 3, a.shape)).astype(dtype))
-        add(f"edge.{dtype}.huge", (huge * rng.choice([-1, -0.5, 0, 0.5, 1], 300)).astype(dtype),
-            lambda a, k: (huge * rng.choice([-1, -0.5, 0, 0.5, 1], a.shape)).astype(dtype))
+            lambda a, k: np.roll(a, k) if k else -a)
     add("edge.overflow", np.full(40, 3e38, np.float32), lambda a, k: (-1) ** k * a)
     add("edge.narrowed", values(300, 1e5).astype(np.float32),
         lambda a, k: np.clip(tune(a, k), -6e4, 6e4).astype(np.float16))
     add("edge.tiny int8 scale", np.zeros(300, np.float32),
-        lambda a, k: (rng.integers(-90, 90, a.shape) * np.float32(1e-45)).astype(np.float32))
+        lambda a, k: multiples(1e-45, range(-90, 90), a.shape))
     add("edge.cancelled", values(64), lambda a, k: a + np.float32(1 if k % 2 else -1))
     add("name.ünïcode/β 𝛾", values(3))
     add("", values(2))
@@ -146,4 +153,4 @@ def reference_options():
     for scale in ("none", "unit-gain", "unit-gain-row"):
         for shared_dtype in ("auto", "float32", "bfloat16", "float16", "int8"):
             for storage in ("embed", "reference"):
-                yield dict(scale=scale, shared_dtype=shared_dtype, base_storage=storage)
+                yield {"scale": scale, "shared_dtype": shared_dtype, "base_storage": storage}

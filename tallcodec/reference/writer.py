@@ -1,0 +1,312 @@
+"""Checkpoints to bytes."""
+
+import struct
+from collections import namedtuple
+
+import numpy as np
+import zstandard
+
+from ..errors import ArgumentError, CheckpointError
+from .formulas import (
+    ARITHMETIC,
+    NUMBERS,
+    hash64,
+    is_active,
+    load_shared,
+    row_count,
+    row_sums,
+    shared_sum,
+    store_shared,
+    to_float32,
+    unit_gain,
+)
+from .records import (
+    ABSENT,
+    AS_BASE,
+    AS_IS,
+    BASE,
+    EMBEDDED,
+    ENTRY,
+    EXTERNAL,
+    FILE,
+    FILE_RECORD,
+    FREE,
+    HEADER,
+    HEADER_SIZE,
+    INDEX,
+    MAGIC,
+    MASK,
+    MASKED,
+    MAX_RANK,
+    META,
+    NONE,
+    NONFINITE_BASE,
+    NONFINITE_TASK,
+    NOT_ARITHMETIC,
+    NOT_IN_BASE,
+    OTHER_SHAPE,
+    PLANE,
+    RAW,
+    REFERENCED,
+    SCALE_MODES,
+    SCALES,
+    SCOPE_BASE,
+    SCOPE_FILE,
+    SHARED,
+    SLOT,
+    TALL,
+    TASK,
+    TENSOR,
+    VERBATIM,
+    VERSION,
+    ZSTD,
+    align64,
+    plane_sums,
+)
+
+
+def write(base, tasks, *, thresholds, scale="none", shared_dtype="auto", base_storage="embed",
+          metadata=None, base_metadata=None, task_metadata=None, base_files=None, task_files=None,
+          writer="tallcodec 0.1.0", force_zstd=None) -> bytes:
+    """A file of `tasks` (name -> checkpoint) coded against `base`; a checkpoint is name -> array.
+
+    thresholds: lambda by task name. metadata, base_metadata: str -> str; base_files: name -> bytes;
+    task_metadata, task_files: such dicts by task name. force_zstd: True compresses every verbatim
+    and file plane, False none, None those that gain by it.
+    """
+    if scale not in SCALE_MODES or base_storage not in ("embed", "reference"):
+        raise ArgumentError(f"unknown scale {scale!r} or base storage {base_storage!r}")
+    for array in (a for state in (base, *tasks.values()) for a in state.values()):
+        if array.dtype not in NUMBERS or array.ndim > MAX_RANK:
+            raise CheckpointError(f"an array of {array.dtype} {array.shape} has no place in a file")
+
+    out, states, mode = _Writer(force_zstd), list(tasks.values()), SCALE_MODES[scale]
+    names = sorted({*base, *(name for state in states for name in state)})
+    aliases = _aliases(names, base, states)
+    numbers = [i for i in range(len(names)) if i not in aliases]
+    codings = {(k, i): _classify(base, state, names[i])
+               for k, state in enumerate(states) for i in numbers}
+
+    # The values: who of the candidates for a mask gets one, and what it is.
+    encoded, masks = {}, {}
+    for i in numbers:
+        candidates = [k for k in range(len(states)) if codings[k, i][0] == MASKED]
+        if not candidates:
+            continue
+        b = base[names[i]]
+        finite = {k: _is_finite(b) and _is_finite(states[k][names[i]]) for k in candidates}
+        reason = NONFINITE_TASK if _is_finite(b) else NONFINITE_BASE
+        codings |= {(k, i): (AS_IS, reason) for k in candidates if not finite[k]}
+        coded = {k: states[k][names[i]] for k in candidates if finite[k]}
+        dtype = b.dtype if shared_dtype == "auto" else np.dtype(shared_dtype)
+        encoded[i] = _encode(b, coded, [thresholds[task] for task in tasks], dtype, mode)
+        unused = bytes(-(-b.size // 8)), bytes(4 * row_count(b.shape) * (mode == 2)), {}
+        masks |= {(k, i): encoded[i].masks.get(k, unused) for k in candidates}
+
+    # The planes, in the order of the file.
+    no_planes = {"base_plane": NONE, "shared_plane": NONE, "scales_plane": NONE}
+    tensors = [{"alias": aliases.get(i, NONE), **no_planes} for i in range(len(names))]
+    entries = {key: {"coding": coding, "reason": reason, "plane": NONE, "scales_plane": NONE}
+               for key, (coding, reason) in codings.items()}
+    in_base = [i for i in numbers if names[i] in base]
+    if base_storage == "embed":
+        for i in in_base:
+            tensors[i]["base_plane"] = out.plane(BASE, base[names[i]].tobytes())
+    for i, e in encoded.items():
+        tensors[i]["shared_plane"] = out.plane(SHARED, e.shared, bool(e.masks))
+        tensors[i]["scales_plane"] = out.plane(SCALES, e.scales, bool(e.masks))
+    for (k, i), (mask, row_scales, statistics) in sorted(masks.items()):
+        used = codings[k, i][0] == MASKED
+        entries[k, i]["plane"] = out.plane(MASK, mask, used)
+        entries[k, i]["scales_plane"] = out.plane(SCALES, row_scales, used)
+        entries[k, i] |= statistics
+    for (k, i), (coding, _) in codings.items():
+        if coding == AS_IS:
+            entries[k, i]["plane"] = out.compressed(VERBATIM, states[k][names[i]].tobytes())
+    scopes = [SCOPE_BASE, *range(len(tasks))]
+    files, file_planes = [], {b"": NONE}
+    for scope, found in zip(scopes, [base_files or {}, *_by_task(task_files, tasks)]):
+        for name, data in sorted(found.items()):
+            if data not in file_planes:
+                file_planes[data] = out.compressed(FILE, data)
+            files.append((scope, file_planes[data], name))
+    if base_storage == "reference":
+        for i in in_base:
+            tensors[i]["base_plane"] = out.external(base[names[i]].tobytes())
+
+    # The index. Strings, dims and counts are numbered as the records that name them are made.
+    head = {"writer": out.string(writer), "merge": 1, "scale": mode,
+            "base_storage": EMBEDDED if base_storage == "embed" else REFERENCED}
+    index = []
+    for i, t in enumerate(tensors):
+        t["name"] = out.string(names[i])
+        if names[i] in base:
+            b = base[names[i]]
+            t |= {"in_base": 1, "dtype": NUMBERS[b.dtype], "rank": b.ndim, "dims": out.dims_of(b)}
+        if i in encoded and encoded[i].masks:
+            counts = encoded[i].agreement
+            t |= {"shared_dtype": encoded[i].dtype, "first_count": len(out.counts),
+                  "counts": len(counts)}
+            out.counts += counts
+        index.append(TENSOR.pack(**t))
+    for task in tasks:
+        index.append(TASK.pack(name=out.string(task), threshold=thresholds[task], method=TALL))
+    for k, state in enumerate(states):
+        for i, name in enumerate(names):
+            e = entries.get((k, i), {})  # an alias has an entry of zeros
+            if e and e["coding"] != ABSENT:
+                array = state[name]
+                e = {"scale": 1, "dtype": NUMBERS[array.dtype], "rank": array.ndim, **e}
+                e["dims"] = out.dims_of(array) if e["coding"] == AS_IS else tensors[i]["dims"]
+            index.append(ENTRY.pack(**e))
+    index += [*out.planes, *(FREE.pack(offset=o, size=n) for o, n in out.free)]
+    index += [FILE_RECORD.pack(scope=scope, plane=plane, name=out.string(name))
+              for scope, plane, name in files]
+    metas = [metadata or {}, base_metadata or {}, *_by_task(task_metadata, tasks)]
+    metas = [(scope, key, value) for scope, found in zip([SCOPE_FILE, *scopes], metas)
+             for key, value in sorted(found.items())]
+    index += [META.pack(scope=scope, key=out.string(key), value=out.string(value))
+              for scope, key, value in metas]
+    index += [struct.pack(f"<{len(a)}Q", *a) for a in (out.dims, out.sums, out.counts)]
+    head = INDEX.pack(
+        tensors=len(names), tasks=len(tasks), planes=len(out.planes), free=len(out.free),
+        files=len(files), metas=len(metas), dims=len(out.dims), sums=len(out.sums),
+        counts=len(out.counts), strings=len(out.strings), **head)
+    return out.finish(b"".join([head, *index, out.strings]))
+
+
+def _by_task(found, tasks):
+    return [(found or {}).get(task, {}) for task in tasks]
+
+
+def _is_finite(array):
+    return bool(np.isfinite(to_float32(array)).all())
+
+
+def _aliases(names, base, states):
+    """Tied tensors, number -> the earliest one's: equal in type, shape and bytes in the base and in
+    every task, or absent there."""
+    def identity(state, name):
+        return (a := state.get(name)) is not None and (a.dtype, a.shape, a.tobytes())
+
+    first, aliases = {}, {}
+    for i, name in enumerate(names):
+        if name in base and base[name].size:
+            target = first.setdefault(tuple(identity(s, name) for s in (base, *states)), i)
+            if target != i:
+                aliases[i] = target
+    return aliases
+
+
+def _classify(base, task, name):
+    """(coding, why verbatim) of a task's tensor; what is MASKED is so if its values are finite."""
+    if name not in task:
+        return ABSENT, 0
+    if name not in base:
+        return AS_IS, NOT_IN_BASE
+    b, t = base[name], task[name]
+    if b.shape != t.shape:
+        return AS_IS, OTHER_SHAPE
+    if b.dtype == t.dtype and b.tobytes() == t.tobytes():
+        return AS_BASE, 0
+    if b.size == 0 or b.dtype not in ARITHMETIC or t.dtype not in ARITHMETIC:
+        return AS_IS, NOT_ARITHMETIC
+    return MASKED, 0
+
+
+# A tensor's shared vector: its bytes, its scales', the number of its element type, the agreement
+# counts, and masks: task number -> (mask bytes, bytes of the scales per row, fields of its entry).
+_Encoded = namedtuple("_Encoded", "shared scales dtype agreement masks")
+
+
+def _encode(base, tasks, thresholds, dtype, mode):
+    rows = row_count(base.shape)
+    b = to_float32(base).ravel()
+    tasks = {k: to_float32(t).ravel() for k, t in tasks.items()}
+    masks, agreement = {}, np.zeros(b.size, np.int64)
+    with np.errstate(all="ignore"):
+        stored, scales = store_shared(shared_sum(b, tasks.values()), dtype)
+        s = load_shared(stored, scales)
+        for k, t in tasks.items():
+            active = is_active(b, t, s, thresholds[k])
+            mask = active & (s != 0)
+            agreement += active
+            approx = np.where(mask, s, np.float32(0))
+            sums = row_sums(t - b, approx, rows if mode == 2 else 1)
+            gains = np.array([unit_gain(row) if mode else 1 for row in sums], np.float32)
+            total = np.zeros(3)
+            for g, (tau_sq, dot, approx_sq) in zip(gains.astype(np.float64), sums):
+                total += tau_sq, g * dot, (g * approx_sq) * g
+            entry = {"scale": 1 if mode == 2 else gains[0], "set_bits": mask.sum(),
+                     "published_bits": active.sum(),
+                     **dict(zip(("tau_sq", "dot", "approx_sq"), total))}
+            masks[k] = (np.packbits(mask, bitorder="little").tobytes(),
+                        gains.tobytes() if mode == 2 else b"", entry)
+    counts = np.bincount(agreement, minlength=len(tasks) + 1).tolist()
+    return _Encoded(stored.tobytes(), b"" if scales is None else scales.tobytes(), NUMBERS[dtype],
+                    counts, masks)
+
+
+class _Writer:
+    """A file being made: the bytes of its planes, and the tables of its index."""
+
+    def __init__(self, force_zstd):
+        self.force_zstd = force_zstd
+        self.body, self.strings = bytearray(HEADER_SIZE), b""
+        self.planes, self.free, self.dims, self.sums, self.counts = [], [], [], [], []
+
+    def plane(self, kind, stored, used=True, coding=RAW, raw_size=None):
+        """Appends a plane and gives its number; one not used leaves a free range, of zeros."""
+        size = align64(len(stored))
+        if not stored:
+            return NONE
+        if not used:
+            before, length = self.free[-1] if self.free else (0, 0)
+            if before + length == len(self.body):
+                self.free[-1] = before, length + size
+            else:
+                self.free.append((len(self.body), size))
+            self.body += bytes(size)
+            return NONE
+        self._record(kind, stored, coding=coding, offset=len(self.body), size=len(stored),
+                     raw_size=raw_size or len(stored))
+        self.body += stored.ljust(size, b"\0")
+        return len(self.planes) - 1
+
+    def compressed(self, kind, raw):
+        """A plane that is a zstd frame where that saves a sixteenth."""
+        frame = zstandard.ZstdCompressor(level=3).compress(raw)
+        gains = 16 * len(frame) <= 15 * len(raw)
+        if raw and (gains if self.force_zstd is None else self.force_zstd):
+            return self.plane(kind, frame, coding=ZSTD, raw_size=len(raw))
+        return self.plane(kind, raw)
+
+    def external(self, raw):
+        """A plane of a referenced base: checksums, and no bytes."""
+        if not raw:
+            return NONE
+        self._record(BASE, raw, coding=EXTERNAL, raw_size=len(raw))
+        return len(self.planes) - 1
+
+    def _record(self, kind, stored, **fields):
+        self.planes.append(PLANE.pack(kind=kind, first_sum=len(self.sums), **fields))
+        self.sums += plane_sums(stored)
+
+    def string(self, text):
+        offset, data = len(self.strings), text.encode()
+        self.strings += data
+        return struct.pack("<II", offset, len(data))
+
+    def dims_of(self, array):
+        first = len(self.dims) if array.ndim else 0
+        self.dims += array.shape
+        return first
+
+    def finish(self, index):
+        index = index.ljust(align64(len(index)), b"\0")
+        head = HEADER.pack(magic=MAGIC, version=VERSION, header_size=HEADER_SIZE)
+        slot = SLOT.pack(sequence=1, index_offset=len(self.body), index_size=len(index),
+                         index_hash=hash64(index), file_size=len(self.body) + len(index))[:56]
+        slot += struct.pack("<Q", hash64(head + slot))
+        self.body[: HEADER_SIZE] = head + slot + bytes(SLOT.size)
+        return bytes(self.body + index)
