@@ -8,7 +8,7 @@ texts. Prints a markdown table and writes results/real_family.csv.
 """
 
 import argparse
-import mmap
+import math
 import statistics
 import tempfile
 import time
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 import tallcodec
 from common import RESULTS, write_csv
@@ -26,13 +25,18 @@ from minilm.evaluate import Scorer
 from tallcodec import _core
 
 VARIANTS = {
-    "TALL, λ = .4": dict(threshold=0.4, shared_dtype="float32"),
-    "TALL, λ = 1, unit gain": dict(threshold=1.0, scale="unit-gain", shared_dtype="float32"),
-    "TALL, λ = .6, unit gain": dict(threshold=0.6, scale="unit-gain", shared_dtype="float32"),
-    "TALL, λ = .4, bfloat16 shared": dict(threshold=0.4, shared_dtype="bfloat16"),
-    "TALL, λ = .4, int8 shared": dict(threshold=0.4, shared_dtype="int8"),
+    "TALL, λ = .4": {"threshold": 0.4},
+    "TALL, λ = 1, unit gain": {"threshold": 1.0, "scale": "unit-gain"},
+    "TALL, λ = .6, unit gain": {"threshold": 0.6, "scale": "unit-gain"},
+    "TALL, λ = .4, bfloat16 shared": {"threshold": 0.4, "shared_dtype": "bfloat16"},
+    "TALL, λ = .4, int8 shared": {"threshold": 0.4, "shared_dtype": "int8"},
 }
-SHARED, MASK, SCALES = 2, 3, 5  # plane kinds of the format
+
+COLUMNS = {  # of the results, and how the table formats them
+    "bytes": ",", "models": ".2f", "task_bits": ".3f", "shared_bits": ".2f",
+    "accuracy": ".4f", "gap_recovered": ".3f", "agreement": ".3f", "kl_left": ".2%",
+    "gain": ".2f", "error": ".2f", "encode_s": ".2f", "decode_s": ".3f",
+}
 
 
 class Stored(NamedTuple):
@@ -42,33 +46,19 @@ class Stored(NamedTuple):
     scale: float
 
 
-class Contents:
-    """Masks, scales and plane sizes as they lie in a .tall file."""
-
-    def __init__(self, path):
-        with open(path, "rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.file = _core.File(str(path), self.bytes)
-        self.planes = self.file.planes()
-        self.tensors = self.file.tensors()
-        self.numbers = {t["name"]: i for i, t in enumerate(self.tensors)}
-
-    def size(self, *kinds):
-        return sum(size for kind, _, _, size, _ in self.planes if kind in kinds)
-
-    def stored(self, task):
-        """{tensor: Stored} of the tensors of the task that have a mask."""
-        out = {}
-        for tensor, entry in zip(self.tensors, self.file.entries(self.file.find_task(task))):
-            if entry["coding"] != 1:
-                continue
-            _, _, offset, size, _ = self.planes[entry["plane"]]
-            count = int(np.prod(tensor["shape"]))
-            packed = np.frombuffer(self.bytes, np.uint8, size, offset)
-            bits = np.unpackbits(packed, count=count, bitorder="little").astype(bool)
-            mask = torch.from_numpy(bits).view(tensor["shape"])
+def read_masks(path, task):
+    """{tensor: Stored} of the tensors of the task that have a mask, as they lie in the file."""
+    data = np.memmap(path, np.uint8, "r")
+    file = _core.File(str(path), data)
+    planes, out = file.planes(), {}
+    for tensor, entry in zip(file.tensors(), file.entries(file.find_task(task))):
+        if entry["coding"] == 1:
+            _, _, offset, size, _ = planes[entry["plane"]]
+            count = math.prod(tensor["shape"])
+            bits = np.unpackbits(data[offset : offset + size], count=count, bitorder="little")
+            mask = torch.from_numpy(bits.astype(bool)).view(tensor["shape"])
             out[tensor["name"]] = Stored(mask, entry["scale"])
-        return out
+    return out
 
 
 def stored_as(s, dtype):
@@ -116,77 +106,58 @@ def compare(base, tuned, decoded, shared, stored, threshold):
     return Distance(dot / tau_sq, (error_sq / tau_sq) ** 0.5)
 
 
-def seconds(function, repeat):
+def seconds(repeat, function, *arguments, **options):
     """Median seconds of a call, and what the last call returned."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
-        result = function()
+        result = function(*arguments, **options)
         times.append(time.perf_counter() - start)
     return statistics.median(times), result
 
 
-def row(name, scorer, score, model_bytes, file_bytes, **columns):
-    """A row of the results; what a row has no figure for is empty."""
-    return {
-        "method": name,
-        "bytes": file_bytes,
-        "models": file_bytes / model_bytes,
-        "task_bits": columns.get("task_bits", ""),
-        "shared_bits": columns.get("shared_bits", ""),
-        "accuracy": score.accuracy,
-        "gap_recovered": scorer.gap_recovered(score),
-        "agreement": score.agreement,
-        "kl_left": scorer.kl_left(score),
-        "gain": columns.get("gain", ""),
-        "error": columns.get("error", ""),
-        "encode_s": columns.get("encode_s", ""),
-        "decode_s": columns.get("decode_s", ""),
-    }
+def row(method, scorer, score, **columns):
+    """A row of the results; what it has no figure for stays empty."""
+    columns |= score._asdict()
+    columns |= {"gap_recovered": scorer.gap_recovered(score), "kl_left": scorer.kl_left(score)}
+    return {"method": method} | {key: columns.get(key, "") for key in COLUMNS}
 
 
 def measure(name, options, family, scorer, path, threads, repeat):
     base = family.base()
     checkpoints = {task: family.checkpoint(task) for task in family.tasks}
-    encode_s, _ = seconds(
-        lambda: tallcodec.encode(
-            family.base_path, family.paths, path, overwrite=True, threads=threads, **options
-        ),
-        repeat,
+    encode_s, info = seconds(
+        repeat, tallcodec.encode, family.base_path, family.paths, path,
+        overwrite=True, threads=threads, **options,
     )
-    contents = Contents(path)
-    shared = shared_vector(base, checkpoints.values(), options["shared_dtype"])
+    shared = shared_vector(base, checkpoints.values(), options.get("shared_dtype", "float32"))
     decode_s, distances, scores = [], [], {}
     with tallcodec.open(path, framework="pt", threads=threads) as f:
         for task, tuned in checkpoints.items():
-            elapsed, decoded = seconds(lambda: f.decode(task), repeat)
+            elapsed, decoded = seconds(repeat, f.decode, task)
             decode_s.append(elapsed)
-            stored = contents.stored(task)
-            distances.append(
-                compare(base, tuned, decoded, shared, stored, options["threshold"])
-            )
+            stored = read_masks(path, task)
+            distances.append(compare(base, tuned, decoded, shared, stored, options["threshold"]))
             scores[task] = scorer.score(task, decoded)
     gain, error = (sum(column) / len(distances) for column in zip(*distances))
-    parameters = sum(b.numel() for b in base.values())
+    shared_bytes = info.planes["shared"] + info.planes.get("scales", 0)
     return row(
-        name, scorer, scorer.mean(scores), family.base_path.stat().st_size, path.stat().st_size,
-        task_bits=8 * contents.size(MASK) / parameters / len(checkpoints),
-        shared_bits=8 * contents.size(SHARED, SCALES) / parameters,
+        name, scorer, scorer.mean(scores),
+        bytes=info.bytes, models=info.bytes / family.base_path.stat().st_size,
+        task_bits=statistics.mean(task.bits for task in info.tasks),
+        shared_bits=8 * shared_bytes / info.base_parameters,
         gain=gain, error=error, encode_s=encode_s, decode_s=statistics.mean(decode_s),
     )
 
 
 def markdown(rows):
     """The table of docs/benchmarks.md."""
-    formats = {
-        "method": "", "bytes": ",", "models": ".2f", "task_bits": ".3f", "shared_bits": ".2f",
-        "accuracy": ".4f", "gap_recovered": ".3f", "agreement": ".3f", "kl_left": ".2%",
-        "gain": ".2f", "error": ".2f", "encode_s": ".2f", "decode_s": ".3f",
-    }
-    lines = [formats, {key: "---" for key in formats}]
-    lines += [{k: format(v, formats[k]) if v != "" else "" for k, v in r.items()} for r in rows]
-    lines[0] = {key: key.replace("_", " ") for key in formats}
-    return "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
+    lines = [["method", *(key.replace("_", " ") for key in COLUMNS)]]
+    lines.append(["---"] + ["---:"] * len(COLUMNS))
+    for r in rows:
+        cells = ("" if r[key] == "" else format(r[key], spec) for key, spec in COLUMNS.items())
+        lines.append([r["method"], *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main():
@@ -201,11 +172,13 @@ def main():
     torch.set_num_threads(args.threads)
     family = Family(args.family)
     scorer = Scorer(family, limit=args.limit)
-    model = family.base_path.stat().st_size
-    originals = sum(path.stat().st_size for path in family.paths.values())
+    one = family.base_path.stat().st_size
+    every = sum(path.stat().st_size for path in family.paths.values())
+    base = {"bytes": one, "models": 1.0, "gain": 0.0, "error": 1.0}
+    tuned = {"bytes": every, "models": every / one, "gain": 1.0, "error": 0.0}
     rows = [
-        row("base", scorer, scorer.base_score, model, model, gain=0.0, error=1.0),
-        row("fine-tuned", scorer, scorer.tuned_score, model, originals, gain=1.0, error=0.0),
+        row("base", scorer, scorer.base_score, **base),
+        row("fine-tuned", scorer, scorer.tuned_score, **tuned),
     ]
     chosen = [list(VARIANTS)[int(i)] for i in args.variants.split(",")]
     with tempfile.TemporaryDirectory() as folder:

@@ -97,14 +97,14 @@ def make_family(folder):
         images = (images.flatten(1) - 0.3) / 0.4
         return (images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST])
 
-    pretrained = train({}, new_encoder() | new_head(10), split(x, y)[0], 30, 1e-3)
+    pretrained = train({}, new_encoder() | new_head(10), split(x, y)[0], 20, 1e-3)
     base = {k: v for k, v in pretrained.items() if not k.startswith("head")}
     save_file(base, folder / "base.safetensors")
     tests = {}
     for task, change in TASKS.items():
         data, tests[task] = split(*change(x, y))
         head = train(base, new_head(int(y.max()) + 1), data, 100, 1e-2)
-        save_file(train(head, base, data, 30, 3e-4) | head, folder / f"{task}.safetensors")
+        save_file(train(head, base, data, 20, 3e-4) | head, folder / f"{task}.safetensors")
     return tests
 
 
@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--out", type=Path, help="keep the checkpoints and .tall files here")
     out = parser.parse_args().out
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def splits(task, src, seed):
         rng.shuffle(test)
         rng.shuffle(train)
     val, train = train[:MAX_VAL], train[MAX_VAL:MAX_VAL + MAX_TRAIN]
-    names = sorted(set(label for _, label in train))
+    names = sorted({label for _, label in train})
     val, test = ([r for r in rows if r[1] in names] for rows in (val, test))
     return train, val, test[:MAX_TEST], names
 
