@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
+CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
 
 .PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm clean
 
@@ -27,9 +28,19 @@ lint: .venv/packages
 	$(BIN)/ruff check .
 
 test-cpp: .venv/packages
-	$(CMAKE) -S . -B build/tests -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
+	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
 	build/tests/test_kernels
+	build/tests/test_file
+
+test-sanitize: .venv/packages
+	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON
+	$(CMAKE) --build build/sanitize
+	build/sanitize/test_kernels
+	build/sanitize/test_file
 
 test-python: .venv/built
 	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build tallcodec/_core*.so

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tallcodec", description="One file for a base model and all its fine-tuned checkpoints."
+        prog="tallcodec",
+        description="One file for a base model and all its fine-tuned checkpoints.",
     )
     parser.add_argument("--version", action="version", version=f"tallcodec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -128,7 +129,8 @@ def _threshold(values: Sequence[str], tasks: dict[str, str]) -> float | dict[str
     """One number for all, or one per task, where a plain number stands for the tasks not named."""
     try:
         plain = [float(v) for v in values if "=" not in v]
-        named = {k: float(v) for k, v in _pairs("--threshold", [v for v in values if "=" in v]).items()}
+        pairs = _pairs("--threshold", [v for v in values if "=" in v])
+        named = {name: float(value) for name, value in pairs.items()}
     except ValueError as error:
         raise ArgumentError(f"--threshold must be a number or NAME=NUMBER: {error}") from error
     if len(plain) > 1:

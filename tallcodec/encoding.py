@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,9 @@ import zstandard
 from . import _core, numbers
 from .checkpoint import Checkpoint, Tensor, open_checkpoint
 from .checkpoint_write import atomic_file
-from .errors import ArgumentError
-from .file import open as open_tall
-from .info import FileInfo
+from .errors import ArgumentError, CheckpointError
+from .file import label
+from .info import FileInfo, read_info
 from .threads import check_threads
 from .version import __version__
 
@@ -64,10 +65,7 @@ def encode(
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
     thresholds = _thresholds(threshold, tasks)
-    metadata = dict(metadata or {})
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise ArgumentError(f"metadata must map strings to strings, not {key!r} to {value!r}")
+    metadata = _metadata(metadata)
     threads = check_threads(threads)
 
     with contextlib.ExitStack() as stack:
@@ -76,7 +74,7 @@ def encode(
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
         encoder = _core.Encoder(
             file.fileno(),
-            os.fspath(output),
+            label(output),
             f"tallcodec {__version__}",
             numbers.SCALES[scale],
             numbers.BASE_STORAGES[base_storage],
@@ -88,18 +86,21 @@ def encode(
         _append_verbatim(encoder, base_checkpoint, checkpoints)
         _add_side_data(encoder, base_checkpoint, checkpoints, metadata)
         encoder.finish()
-    with open_tall(output) as result:
-        return result.info
+        # What a reader would refuse is not to appear under the name.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return read_info(label(output), len(data), _core.File(label(output), data))
 
 
 def _choose(name: str, value: str, choices: Mapping[str, Any]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ArgumentError(f"{name} must be one of {known}, not {value!r}")
 
 
 def _thresholds(threshold: float | Mapping[str, float], tasks: Mapping) -> dict[str, float]:
     """λ of every task, by name in task order."""
+    if not isinstance(tasks, Mapping):
+        raise ArgumentError(f"tasks must map names to checkpoints, not be a {type(tasks).__name__}")
     if not tasks:
         raise ArgumentError("no tasks: give at least one fine-tuned checkpoint")
     for name in tasks:
@@ -112,16 +113,41 @@ def _thresholds(threshold: float | Mapping[str, float], tasks: Mapping) -> dict[
         thresholds = {name: threshold[name] for name in tasks}
     else:
         thresholds = dict.fromkeys(tasks, threshold)
-    for value in thresholds.values():
-        if isinstance(value, str) or not math.isfinite(value) or value < 0:
-            raise ArgumentError(f"threshold must be a number of at least 0, not {value!r}")
-    return {name: float(value) for name, value in thresholds.items()}
+    return {name: _number(value) for name, value in thresholds.items()}
+
+
+def _number(threshold: Any) -> float:
+    try:
+        value = math.nan if isinstance(threshold, str) else float(threshold)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not 0 <= value < 2.0**127:  # a float32 in the file
+        raise ArgumentError(f"threshold must be a number of at least 0, not {threshold!r}")
+    return value
+
+
+def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ArgumentError(
+            f"metadata must map strings to strings, not be a {type(metadata).__name__}"
+        )
+    metadata = dict(metadata or {})
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ArgumentError(f"metadata must map strings to strings, not {key!r} to {value!r}")
+        try:
+            (key + value).encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"metadata {key!r} has no UTF-8: {error}") from error
+    return metadata
 
 
 def _plan(
     encoder: _core.Encoder, base: Checkpoint, tasks: list[Checkpoint], shared_dtype: str | None
 ) -> None:
     """Tell the encoder every tensor, and what each task's becomes."""
+    for checkpoint in (base, *tasks):
+        _check_names_and_shapes(checkpoint)
     names = sorted(base.tensors.keys() | {name for task in tasks for name in task.tensors})
     aliases = _aliases(base, tasks)
     number = {name: i for i, name in enumerate(names)}
@@ -156,6 +182,18 @@ def _plan(
                     numbers.REASONS[reason],
                     _source(theirs),
                 )
+
+
+def _check_names_and_shapes(checkpoint: Checkpoint) -> None:
+    """Refuse what docs/format.md has no room for."""
+    for name, tensor in checkpoint.tensors.items():
+        where = f"{checkpoint.label}: tensor {name!r}"
+        if any(c < " " or c == "\x7f" for c in name):
+            raise CheckpointError(f"{where}: the name has control characters: rename it")
+        if len(tensor.shape) > 32:
+            raise CheckpointError(f"{where}: {len(tensor.shape)} dimensions, at most 32 are stored")
+        if math.prod(n or 1 for n in tensor.shape) >= 1 << 59:
+            raise CheckpointError(f"{where}: the shape {tensor.shape} is absurdly large")
 
 
 def _classify(base: Tensor | None, task: Tensor) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 import builtins
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -86,17 +87,20 @@ class File:
         self._threads = check_threads(threads)
         self._check = verify
         self._path = os.fspath(path)
+        self._label = label(path)
         self._base_source = base
         try:
             with builtins.open(self._path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
         except OSError as error:
-            message = f"{self._path}: cannot be read: {error.strerror}"
+            message = f"{self._label}: cannot be read: {error.strerror}"
             raise ReadError(error.errno, message) from error
-        self._core = _core.File(self._path, data)
+        self._core = _core.File(self._label, data)
         if base is not None:
             self._base = open_checkpoint(base)
+            # Not before the last decoding that uses it has ended: see close.
+            weakref.finalize(self._base, self._base._resources.close)
         self._tasks = [task["name"] for task in self._core.tasks()]
 
     @property
@@ -112,7 +116,7 @@ class File:
     @property
     def info(self) -> FileInfo:
         """What the file holds, what it costs, and how close each task comes."""
-        return read_info(self._path, self._size, self._file)
+        return read_info(self._label, self._size, self._file)
 
     def metadata(self, task: str | None = None) -> dict[str, str]:
         """The ``__metadata__`` of a task's checkpoint, or of the base's."""
@@ -211,9 +215,7 @@ class File:
         return [os.fspath(p) for p in written]
 
     def close(self) -> None:
-        self._core = None
-        if self._base is not None:
-            self._base.close()
+        self._core = self._base = None
 
     def __enter__(self) -> "File":
         return self
@@ -226,14 +228,16 @@ class File:
         return f"<tallcodec.File {self._path!r}, {state}>"
 
     def __reduce__(self):
-        arguments = (self._path, self._framework, self._base_source, self._threads, self._check)
+        path, base = (os.path.abspath(p) if isinstance(p, (str, os.PathLike)) else p
+                      for p in (self._path, self._base_source))  # fmt: skip
+        arguments = (path, self._framework, base, self._threads, self._check)
         return _reopen, (*arguments, self._file.identity())
 
     @property
     def _file(self) -> _core.File:
         file = self._core
         if file is None:
-            raise ClosedError(f"{self._path}: the file was closed")
+            raise ClosedError(f"{self._label}: the file was closed")
         return file
 
     def _number(self, task: str | None) -> int:
@@ -251,8 +255,8 @@ class File:
 
     def _decode(self, number: int, requests: list[tuple[int, int]]) -> None:
         """Decode (tensor, address of its memory) pairs."""
-        file = self._file
-        sources = [self._base_tensor(number, tensor) for tensor, _ in requests]
+        file, base = self._file, self._base  # kept open until this is done
+        sources = [self._base_tensor(number, tensor, base) for tensor, _ in requests]
         file.decode(
             [(number, *request, source) for request, source in zip(requests, sources)],
             self._threads,
@@ -260,19 +264,21 @@ class File:
             _inflate,
         )
 
-    def _base_tensor(self, number: int, tensor: int) -> tuple[int, int] | None:
+    def _base_tensor(
+        self, number: int, tensor: int, base: Checkpoint | None
+    ) -> tuple[int, int] | None:
         """Where the referenced base's tensor lies, if decoding needs it."""
-        if not self._file.needs_base(number, tensor) or self._base is None:
+        if base is None or not self._file.needs_base(number, tensor):
             return None
         tensor = self._file.original(tensor)
         dtype, shape, _ = self._info(_core.NONE, tensor)
         name = self._file.name(tensor)
-        found = self._base.tensors.get(name)
+        found = base.tensors.get(name)
         if found is None or (found.dtype, found.shape) != (dtype, shape):
             has = "lacks it" if found is None else f"has {found.dtype} {found.shape}"
             raise BaseMismatchError(
-                f"{self._path}: the base that was given is not the one the file was encoded "
-                f"against: tensor {name!r} is {dtype} {shape}, {self._base.label} {has}"
+                f"{self._label}: the base that was given is not the one the file was encoded "
+                f"against: tensor {name!r} is {dtype} {shape}, {base.label} {has}"
             )
         return found.fd, found.offset
 
@@ -282,7 +288,7 @@ class File:
         if damaged:
             planes = dict.fromkeys(plane for plane, _ in damaged)
             what = "; ".join(file.describe(plane) for plane in planes)
-            raise ChecksumError(f"{self._path}: damaged, wrong checksums in: {what}")
+            raise ChecksumError(f"{self._label}: damaged, wrong checksums in: {what}")
         planes = file.planes()
         for number, (_, coding, *_) in enumerate(planes):
             if coding == numbers.ZSTD:
@@ -292,7 +298,7 @@ class File:
             for name in self._names(_core.NONE):
                 self.decode(None, [name])
         return Verification(
-            path=self._path,
+            path=self._label,
             bytes=self._size,
             tasks=len(self._tasks),
             tensors=len(file.tensors()),
@@ -324,6 +330,11 @@ class StateDict(Mapping):
         return name in self._keys
 
 
+def label(path: str | os.PathLike) -> str:
+    """A path as messages name it: with no bytes that are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _reopen(path, framework, base, threads, check, identity) -> File:
     file = File(path, framework, base, threads=threads, verify=check)
     if file._file.identity() != identity:
@@ -337,6 +348,8 @@ def _inflate(frame: memoryview, raw_size: int) -> bytes:
     try:
         if zstandard.frame_content_size(frame) != raw_size:
             raise FormatError("a zstd frame does not have the size that the index says")
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=raw_size)
+        return zstandard.ZstdDecompressor().decompress(
+            frame, max_output_size=raw_size, allow_extra_data=False
+        )
     except zstandard.ZstdError as error:
         raise FormatError(f"a zstd frame cannot be decompressed: {error}") from error

@@ -38,14 +38,7 @@ def empty(framework: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, int]
 
 def address(name: str, tensor: Any, dtype: str, shape: tuple[int, ...]) -> int:
     """The address of a caller's tensor, which must be just what is decoded into it."""
-    if isinstance(tensor, np.ndarray):
-        contiguous, place = tensor.flags.c_contiguous, "cpu"
-        writable = tensor.flags.writeable and tensor.dtype.isnative
-        pointer = tensor.ctypes.data
-    elif hasattr(tensor, "data_ptr"):
-        contiguous, place, writable = tensor.is_contiguous(), tensor.device.type, True
-        pointer = tensor.data_ptr() if place == "cpu" else 0
-    else:
+    if not isinstance(tensor, np.ndarray) and not hasattr(tensor, "data_ptr"):
         raise TensorMismatchError(
             f"out[{name!r}] is a {type(tensor).__name__}, not a torch tensor or a NumPy array"
         )
@@ -54,9 +47,26 @@ def address(name: str, tensor: Any, dtype: str, shape: tuple[int, ...]) -> int:
         raise TensorMismatchError(
             f"out[{name!r}] is {found} {tuple(tensor.shape)}, the task's tensor is {dtype} {shape}"
         )
-    if place != "cpu" or not contiguous or not writable:
-        what = f"on {place}" if place != "cpu" else "read-only" if contiguous else "not contiguous"
+    flaw = _flaw(tensor)
+    if flaw:
         raise TensorMismatchError(
-            f"out[{name!r}] is {what}; it must be contiguous, writable memory of the CPU"
+            f"out[{name!r}] is {flaw}; it must be contiguous, writable memory of the CPU"
         )
-    return pointer
+    return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr()
+
+
+def _flaw(tensor: Any) -> str:
+    """What keeps a tensor from being decoded into, or ""."""
+    if isinstance(tensor, np.ndarray):
+        if not tensor.flags.writeable:
+            return "read-only"
+        if not tensor.dtype.isnative:
+            return "of another byte order"
+        return "" if tensor.flags.c_contiguous else "not contiguous"
+    if tensor.device.type != "cpu":
+        return f"on {tensor.device}"
+    if str(tensor.layout) != "torch.strided" or tensor.is_nested:
+        return "sparse or nested"
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return "not contiguous"
+    return "without memory of its own" if tensor.numel() and not tensor.data_ptr() else ""

@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from . import _core, numbers
 from .numbers import name_of
 
@@ -142,7 +144,8 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
     header, tensors, planes = file.header(), file.tensors(), file.planes()
     stored = dict.fromkeys(_KINDS.values(), 0)
     for kind, _, _, plane_size, _ in planes:
-        stored[_KINDS.get(kind, "unknown")] = stored.get(_KINDS.get(kind, "unknown"), 0) + plane_size
+        kind = _KINDS.get(kind, "unknown")
+        stored[kind] = stored.get(kind, 0) + plane_size
     base_bytes = base_parameters = 0
     for i, tensor in enumerate(tensors):
         if tensor["in_base"] and tensor["alias"] is None:
@@ -201,7 +204,7 @@ def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes:
     return TaskInfo(
         name=task["name"],
         method=name_of(task["method"], numbers.METHODS),
-        threshold=float(f"{task['threshold']:.9g}"),
+        threshold=float(str(np.float32(task["threshold"]))),  # 0.4, not 0.4000000059604645
         parameters=parameters,
         coded_parameters=coded,
         bytes=stored,

@@ -11,4 +11,4 @@ def check_threads(threads: int | None) -> int:
         return len(os.sched_getaffinity(0))
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError(f"threads must be a whole number of at least 1, not {threads!r}")
-    return threads
+    return min(threads, 1024)
