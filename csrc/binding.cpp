@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 
 #include "encode.h"
@@ -77,12 +78,19 @@ auto inflate_with(py::object inflate) {
 }
 
 Options options(unsigned threads, bool verify, py::object inflate) {
+  const char* backend = std::getenv("TALLCODEC_BACKEND");
+  if (backend && *backend && std::string_view(backend) != "cpu") {
+    throw Error(Status::Argument, text("TALLCODEC_BACKEND=", backend, ": there is only cpu here"));
+  }
   Options o;
   o.threads = std::max(1u, threads);
   o.verify = verify;
   o.kernels = find_kernels();
   if (!o.kernels) {
-    throw Error(Status::Argument, text("TALLCODEC_KERNELS names kernels that this machine does not have"));
+    std::string have;
+    for (auto k = available_kernels(); *k; ++k) have += text(k == available_kernels() ? "" : ", ", (*k)->name);
+    throw Error(Status::Argument, text("TALLCODEC_KERNELS=", std::getenv("TALLCODEC_KERNELS"),
+                                       ": this machine has ", have));
   }
   o.poll = poll_signals();
   if (!inflate.is_none()) o.inflate = inflate_with(std::move(inflate));
