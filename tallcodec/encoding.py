@@ -18,8 +18,6 @@ from .info import FileInfo, read_info
 from .threads import check_threads
 from .version import __version__
 
-_MAX_RANK = 32  # docs/format.md
-
 
 def encode(
     base: str | os.PathLike | Mapping[str, Any],
@@ -74,8 +72,6 @@ def encode(
         file = stack.enter_context(atomic_file(output, overwrite))
         base_checkpoint = stack.enter_context(open_checkpoint(base))
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
-        for checkpoint in (base_checkpoint, *checkpoints):
-            _check_tensors(checkpoint)
         encoder = _core.Encoder(
             file.fileno(),
             label(output),
@@ -203,18 +199,6 @@ def _check_names_and_shapes(checkpoint: Checkpoint) -> None:
 def _names(base: Checkpoint, tasks: list[Checkpoint]) -> list[str]:
     """Every tensor's name, in the file's order, which is that of their UTF-8 bytes."""
     return sorted(base.tensors.keys() | {name for task in tasks for name in task.tensors})
-
-
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """What a checkpoint may hold and the format may not."""
-    for name, tensor in checkpoint.tensors.items():
-        if len(tensor.shape) > _MAX_RANK:
-            raise CheckpointError(
-                f"{checkpoint.label}: tensor {name!r} has {len(tensor.shape)} dimensions; "
-                f"at most {_MAX_RANK} can be stored"
-            )
-        if any(ord(c) < 0x20 or ord(c) == 0x7F for c in name):
-            raise CheckpointError(f"{checkpoint.label}: {name!r}: control characters in a name")
 
 
 def _classify(base: Tensor | None, task: Tensor) -> tuple[int, str]:
