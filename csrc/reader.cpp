@@ -421,14 +421,16 @@ class Validator {
 }  // namespace
 
 Slot read_header(const std::string& label, const void* data, uint64_t size, uint64_t file_size) {
-  if (size < sizeof(Header) || std::memcmp(data, kMagic, sizeof kMagic) != 0) {
-    bool magic = size >= sizeof kMagic && std::memcmp(data, kMagic, sizeof kMagic) == 0;
-    bool text_mode = !magic && size >= 5 && std::memcmp(data, kMagic, 5) == 0;
+  // The magic's first five bytes survive what a text-mode transfer does to line endings.
+  if (size == 0 || std::memcmp(data, kMagic, std::min<uint64_t>(size, sizeof kMagic)) != 0) {
+    bool text_mode = size >= sizeof kMagic && std::memcmp(data, kMagic, 5) == 0;
     fail(Status::Format, label,
-         magic       ? text("truncated: ", file_size, " bytes are not even a header")
-         : text_mode ? "not a valid .tall file: its line endings were changed, as by a text-mode "
-                       "transfer; copy it again in binary"
-                     : "not a .tall file: it does not begin as one");
+         text_mode ? "not a valid .tall file: its line endings were changed, as by a text-mode "
+                     "transfer; copy it again in binary"
+                   : "not a .tall file: it does not begin as one");
+  }
+  if (size < sizeof(Header)) {
+    fail(Status::Format, label, text("truncated: ", file_size, " bytes are not even a header"));
   }
   Header header;
   std::memcpy(&header, data, sizeof header);

@@ -1,7 +1,9 @@
 """The C++ core (csrc/binding.cpp). Private: its numbers are those of docs/format.md."""
 
-from collections.abc import Buffer, Callable
+from collections.abc import Callable
 from typing import Any
+
+from typing_extensions import Buffer
 
 NONE: int
 SCOPE_BASE: int

@@ -443,7 +443,8 @@ def _from_memory(mapping: Any, label: str) -> dict[str, Tensor]:
         where = f"{label}: tensor {name!r}"
         if not isinstance(name, str) or name == "__metadata__" or _SURROGATE.search(name):
             raise CheckpointError(f"{where}: this name cannot be stored: rename it")
-        if isinstance(value, np.ndarray):
+        if isinstance(value, (np.ndarray, np.generic)):
+            value = np.asarray(value)
             describe, contiguous = _describe_numpy, _contiguous_numpy
         elif torch is not None and isinstance(value, torch.Tensor):
             describe, contiguous = _describe_torch, _contiguous_torch

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 for an error, 2 for unusable arguments."""
+    """Run the command; returns its exit status: 0, 1 for an error (2 where argparse refuses)."""
     arguments = _parser().parse_args(argv)
     try:
         result, text = arguments.run(arguments)
@@ -23,7 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tallcodec: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(_finite(result), ensure_ascii=False, indent=1) if arguments.json else text)
+    if arguments.json:
+        text = json.dumps(_finite(result), ensure_ascii=False, indent=1)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as under `| head`; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -105,6 +112,7 @@ def _decode(a: argparse.Namespace) -> tuple[dict, str]:
         written = file.save(
             a.task, a.output, max_shard_size=a.max_shard_size, overwrite=a.overwrite
         )
+    written = [tall.label(path) for path in written]
     return {"task": a.task, "written": written}, "\n".join(written)
 
 

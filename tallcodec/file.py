@@ -19,6 +19,7 @@ from .errors import (
     ClosedError,
     FormatError,
     ReadError,
+    TaskNotFoundError,
     TensorNotFoundError,
 )
 from .info import FileInfo, Verification, read_info
@@ -69,7 +70,8 @@ class File:
 
     Immutable: any number of threads may use one at once. It can be pickled (by its path), and
     unpickling fails where another file is under that path by then. A context manager; closing it
-    twice is harmless, and closing it while another thread decodes lets that thread finish.
+    twice is harmless, and closing it while another thread decodes either lets that thread finish or
+    makes it raise ClosedError before it has written anything.
     """
 
     def __init__(
@@ -140,8 +142,9 @@ class File:
     ) -> dict[str, Any]:
         """Decode a task's checkpoint, or those of its tensors named in ``tensors``.
 
-        Gives name -> tensor, in the fine-tuned checkpoint's own dtypes and shapes; tied tensors
-        come as one. ``out`` maps names to torch tensors or NumPy arrays of just these dtypes and
+        Gives name -> tensor, in the fine-tuned checkpoint's own dtypes and shapes. Each has memory
+        of its own, tied ones too: equal bytes do not tell a tie from two biases that are both
+        zero. ``out`` maps names to torch tensors or NumPy arrays of just these dtypes and
         shapes, contiguous, on the CPU, to decode into; they are undefined where decoding fails.
         A ``task`` of None is the base.
 
@@ -152,23 +155,21 @@ class File:
         names = self._names(number) if tensors is None else list(tensors)
         if isinstance(tensors, str):
             raise ArgumentError(f"tensors must be a list of names, not the string {tensors!r}")
+        if out is not None and not isinstance(out, Mapping):
+            raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
         out = dict(out or {})
         for name in out.keys() - set(names):
             raise TensorNotFoundError(f"out[{name!r}]: that tensor is not among those decoded")
-        result, requests, made = {}, [], {}
+        result: dict[str, Any] = {}
+        requests = []
         for name in names:
-            tensor = self._file.find_tensor(name)
+            tensor = self._tensor(name)
             dtype, shape, _ = self._info(number, tensor)
-            original = self._file.original(tensor)
             if name in out:
                 result[name] = out[name]
                 pointer = frameworks.address(name, out[name], dtype, shape)
-            elif original in made:
-                result[name] = made[original]
-                continue
             else:
                 result[name], pointer = frameworks.empty(self._framework, dtype, shape)
-                made[original] = result[name]
             requests.append((tensor, pointer))
         self._decode(number, requests)
         return result
@@ -241,10 +242,21 @@ class File:
         return file
 
     def _number(self, task: str | None) -> int:
-        return _core.NONE if task is None else self._file.find_task(task)
+        if task is None:
+            return _core.NONE
+        if task not in self._tasks:
+            known = ", ".join(map(repr, self._tasks))
+            raise TaskNotFoundError(f"{self._label} has no task {task!r}; it has {known}")
+        return self._tasks.index(task)
 
     def _scope(self, task: str | None) -> int:
-        return _core.SCOPE_BASE if task is None else self._file.find_task(task)
+        return _core.SCOPE_BASE if task is None else self._number(task)
+
+    def _tensor(self, name: str) -> int:
+        try:
+            return self._file.find_tensor(name)
+        except TypeError:  # no string, or none that UTF-8 can hold
+            raise TensorNotFoundError(f"{self._label} has no tensor {name!r}") from None
 
     def _names(self, number: int) -> list[str]:
         return self._file.names(number)
@@ -286,8 +298,7 @@ class File:
         file = self._file
         damaged = file.verify(self._threads)
         if damaged:
-            planes = dict.fromkeys(plane for plane, _ in damaged)
-            what = "; ".join(file.describe(plane) for plane in planes)
+            what = "; ".join(file.describe(plane) for plane in sorted({p for p, _ in damaged}))
             raise ChecksumError(f"{self._label}: damaged, wrong checksums in: {what}")
         planes = file.planes()
         for number, (_, coding, *_) in enumerate(planes):

@@ -143,8 +143,8 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
     """Gather a file's numbers from its index."""
     header, tensors, planes = file.header(), file.tensors(), file.planes()
     stored = dict.fromkeys(_KINDS.values(), 0)
-    for kind, _, _, plane_size, _ in planes:
-        kind = _KINDS.get(kind, "unknown")
+    for number, _, _, plane_size, _ in planes:
+        kind = _KINDS.get(number, "unknown")
         stored[kind] = stored.get(kind, 0) + plane_size
     base_bytes = base_parameters = 0
     for i, tensor in enumerate(tensors):
@@ -222,7 +222,7 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def _size(n: int) -> str:
+def _size(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.4g} {unit}"

@@ -93,8 +93,9 @@ def test_encode_and_decode_follow_the_published_rule(variant, dtype, shared_dtyp
 
         tau = (task.float() - base.float()).double()
         approx = (stored * s).double()
-        for name, exact in [("tau_sq", tau * tau), ("dot", tau * approx), ("approx_sq", approx ** 2)]:
-            assert stats[name].sum() == pytest.approx(exact.sum().item(), rel=1e-12)
+        exact = {"tau_sq": tau * tau, "dot": tau * approx, "approx_sq": approx * approx}
+        for name, products in exact.items():
+            assert stats[name].sum() == pytest.approx(products.sum().item(), rel=1e-12)
 
         decoded = kernels.decode(raw(base), result["shared"], mask, dtype, shared_dtype, dtype,
                                  scales=result["scales"], kernels=variant, threads=threads)
@@ -141,13 +142,15 @@ def test_nonfinite_values_are_left_out_of_the_shared_vector_and_reported(variant
 def test_16_bit_shared_vectors_saturate(variant):
     base = np.zeros(4, np.float32)
     task = np.array([1e5, -1e5, 3.4e38, -3.4e38], np.float32)
-    for dtype, largest in [("float16", 65504), ("bfloat16", float(ml_dtypes.finfo("bfloat16").max))]:
+    for dtype in ("float16", "bfloat16"):
+        largest = float(ml_dtypes.finfo(dtype).max)
         result = kernels.encode(base, [task], "float32", [0.4], dtype, kernels=variant)
         assert view(result["shared"], dtype).float().abs()[2:].tolist() == [largest] * 2
 
 
 def test_no_tasks_make_a_zero_shared_vector(variant):
-    result = kernels.encode(np.ones(1000, np.float32), [], "float32", [], "float32", kernels=variant)
+    base = np.ones(1000, np.float32)
+    result = kernels.encode(base, [], "float32", [], "float32", kernels=variant)
     assert not result["shared"].any() and result["agreement"] == [1000]
 
 

@@ -1,0 +1,40 @@
+"""Fixtures that several test files share."""
+
+import pytest
+
+import tallcodec
+from helpers import small_family, write_safetensors
+
+
+@pytest.fixture
+def encode(tmp_path):
+    """encode(base, tasks, **options) -> the path of a new .tall file."""
+    made = []
+
+    def encode(base, tasks, **options):
+        path = tmp_path / f"file{len(made)}.tall"
+        made.append(path)
+        tallcodec.encode(base, tasks, path, **options)
+        return path
+
+    return encode
+
+
+@pytest.fixture
+def small_file(encode):
+    """A file of two tasks of a few ordinary tensors, with metadata of its own."""
+    return encode(*small_family(), metadata={"purpose": "test"})
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """base.safetensors, cars.safetensors and a folder dtd/, in the folder that is returned."""
+    folder = tmp_path / "checkpoints"
+    (folder / "dtd").mkdir(parents=True)
+    base, tasks = small_family()
+    write_safetensors(folder / "base.safetensors", base)
+    write_safetensors(folder / "cars.safetensors", tasks["cars"], {"made by": "a test"})
+    write_safetensors(folder / "dtd" / "model.safetensors", tasks["dtd"], {"format": "pt"})
+    (folder / "dtd" / "config.json").write_text('{"hidden_size": 40}')
+    (folder / "dtd" / "vocab.txt").write_text("a\nb\n" * 500)
+    return folder
