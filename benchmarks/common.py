@@ -78,7 +78,8 @@ def _commit() -> str:
         return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, check=True,
                               capture_output=True, text=True).stdout.strip()
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":!/benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/",
+                      ":(exclude,top)benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

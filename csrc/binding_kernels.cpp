@@ -85,10 +85,10 @@ py::dict dict_of(const Sums& sums) {
 }
 
 // Returns a dict of all outputs; pass an earlier one as `out` to have its arrays written again.
-py::dict encode(const py::array& base, const std::vector<py::array>& tasks, const std::string& dtype,
-                const std::vector<float>& thresholds, const std::string& shared_dtype,
-                const py::object& kernels_name, unsigned threads, const py::object& out,
-                const py::object& task_dtypes) {
+py::dict encode(const py::array& base, const std::vector<py::array>& tasks,
+                const std::string& dtype, const std::vector<float>& thresholds,
+                const std::string& shared_dtype, const py::object& kernels_name, unsigned threads,
+                const py::object& out, const py::object& task_dtypes) {
   const Kernels& kernels = kernels_of(kernels_name);
   const DType base_dtype = dtype_of(dtype), shared_type = dtype_of(shared_dtype);
   const uint64_t n = uint64_t(base.size());
@@ -315,7 +315,7 @@ std::vector<std::string> available() {
 void bind_kernels(py::module_& m) {
   using namespace tallcodec;
   using py::arg;
-  py::module_ k = m.def_submodule("kernels", "The kernels on NumPy arrays: for tests and benchmarks.");
+  py::module_ k = m.def_submodule("kernels", "The kernels on NumPy arrays, for tests.");
   k.def("available", &available, "Names of the variants this CPU runs, best first.");
   k.def("encode", &encode, arg("base"), arg("tasks"), arg("dtype"), arg("thresholds"),
         arg("shared_dtype"), py::kw_only(), arg("kernels") = py::none(), arg("threads") = 1,

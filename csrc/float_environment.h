@@ -1,5 +1,5 @@
-// Default floating point for the life of an object: round to nearest even, denormals kept. Embedding
-// applications may have asked for flush-to-zero; a kernel's bits must not depend on it, nor may the
+// Default floating point for the life of an object: round to nearest even, denormals kept. The
+// application may have asked for flush-to-zero; a kernel's bits must not depend on it, nor may the
 // application notice.
 //
 // The compiler may move arithmetic past the constructor within one function: construct it in a

@@ -11,9 +11,10 @@ namespace tallcodec {
 constexpr uint32_t kScaleBlock = 128;  // elements per scale of an int8 shared vector
 constexpr uint32_t kLanes = 16;        // float64 partial sums per statistic
 
-// Running sums of one task over a range of elements, in float64. Element i of the range adds to lane
-// i % kLanes. tau = task - base; approx = m*s, the decoded task vector at scale 1. All products are
-// exact (two float32 factors), so a fused multiply-add gives the same bits.
+// Running sums of one task over a range of elements, in float64. Element i of the range adds to
+// lane i % kLanes. tau = task - base; approx = m*s, the decoded task vector at scale 1: where the
+// mask bit is 0 nothing is added, be tau infinite or NaN. All products are exact (two float32
+// factors), so a fused multiply-add gives the same bits.
 struct Sums {
   double tau_sq[kLanes];     // sum of tau * tau
   double dot[kLanes];        // sum of tau * approx
@@ -37,13 +38,13 @@ struct EncodeBlock {
   DType base_dtype;
   const void* const* task;  // [tasks]
   const DType* task_dtype;  // [tasks]
-  const float* threshold;   // [tasks] lambda
+  const float* threshold;   // [tasks] lambda, not negative
   void* shared;             // out: n elements of shared_dtype (I8: quantised)
   DType shared_dtype;       // F32, BF16, F16 or I8
   float* shared_scales;     // out, I8 only: one per kScaleBlock elements
   uint8_t* const* mask;     // out: [tasks] planes of (n + 7) / 8 bytes, spare bits 0
   TaskStats* stats;         // [tasks]
-  uint64_t* agreement;      // [tasks + 1] elements on which exactly k tasks are active (published rule)
+  uint64_t* agreement;      // [tasks + 1] elements on which exactly k published bits are set
   bool base_nonfinite;      // set where the base has a NaN or an infinity
 };
 
@@ -68,10 +69,10 @@ struct Kernels {
   void (*encode)(EncodeBlock&);
   void (*decode)(const DecodeBlock&);
   // Adds the sums of one task over a range that begins at lane 0, from stored masks: for scales per
-  // row. Uses n, phase, base, shared, shared_scales and mask of the block; out and scale are ignored.
+  // row. Uses n, phase, base, shared, shared_scales and mask of the block; ignores out and scale.
   void (*sums)(const DecodeBlock&, const void* task, DType task_dtype, Sums&);
-  // XXH3-64 (seed 0, default secret) of `size` bytes, a multiple of 64, extended by zero bytes to 256
-  // where shorter.
+  // XXH3-64 (seed 0, default secret) of `size` bytes, a multiple of 64, extended by zero bytes to
+  // 256 where shorter.
   uint64_t (*hash)(const void* data, size_t size);
 };
 

@@ -8,8 +8,8 @@
 #include "kernels.h"
 #include "mask_math.h"
 
-// Attributes, not a compiler flag of this file's own: what the headers above define inline is shared
-// with files that must run on any CPU.
+// Attributes, not a compiler flag of this file's own: what the headers above define inline is
+// shared with files that must run on any CPU.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt"))), apply_to = function)
 #else
@@ -165,22 +165,15 @@ INLINE Doubles widen(Mask m) {
            _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(hi))),
            _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm256_extracti128_si256(hi, 1)))}};
 }
-INLINE Doubles square(Doubles w) {
-  for (__m256d& part : w.part) part = _mm256_mul_pd(part, part);
-  return w;
-}
 INLINE void add_product(Doubles& sum, Doubles a, Doubles b) {
   for (int i = 0; i < 4; ++i) sum.part[i] = _mm256_fmadd_pd(a.part[i], b.part[i], sum.part[i]);
 }
-INLINE void add_where(Doubles& sum, Mask m, Doubles a) {
+INLINE void add_product_where(Doubles& sum, Mask m, Doubles a, Doubles b) {
   const Doubles mask = widen(m);
   for (int i = 0; i < 4; ++i) {
-    sum.part[i] = _mm256_add_pd(sum.part[i], _mm256_and_pd(a.part[i], mask.part[i]));
+    const __m256d product = _mm256_mul_pd(a.part[i], b.part[i]);
+    sum.part[i] = _mm256_add_pd(sum.part[i], _mm256_and_pd(product, mask.part[i]));
   }
-}
-INLINE void add_product_where(Doubles& sum, Mask m, Doubles a, Doubles b) {
-  for (int i = 0; i < 4; ++i) a.part[i] = _mm256_mul_pd(a.part[i], b.part[i]);
-  add_where(sum, m, a);
 }
 INLINE bool all_finite(Doubles w) {
   const __m256d infinity = _mm256_set1_pd(__builtin_inf()), sign = _mm256_set1_pd(-0.0);

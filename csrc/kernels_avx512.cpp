@@ -8,14 +8,15 @@
 #include "kernels.h"
 #include "mask_math.h"
 
-// Attributes, not a compiler flag of this file's own: what the headers above define inline is shared
-// with files that must run on any CPU.
+// Attributes, not a compiler flag of this file's own: what the headers above define inline is
+// shared with files that must run on any CPU.
 #if defined(__clang__)
 #pragma clang attribute push(                                                        \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt"))), \
     apply_to = function)
 #else
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12, about its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12, of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"        // as above
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
 #endif
@@ -113,9 +114,6 @@ INLINE Doubles widen(Floats v) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
           _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
 }
-INLINE Doubles square(Doubles w) {
-  return {_mm512_mul_pd(w.lo, w.lo), _mm512_mul_pd(w.hi, w.hi)};
-}
 INLINE void add_product(Doubles& sum, Doubles a, Doubles b) {
   sum.lo = _mm512_fmadd_pd(a.lo, b.lo, sum.lo);
   sum.hi = _mm512_fmadd_pd(a.hi, b.hi, sum.hi);
@@ -123,10 +121,6 @@ INLINE void add_product(Doubles& sum, Doubles a, Doubles b) {
 INLINE void add_product_where(Doubles& sum, Mask m, Doubles a, Doubles b) {
   sum.lo = _mm512_mask3_fmadd_pd(a.lo, b.lo, sum.lo, __mmask8(m));
   sum.hi = _mm512_mask3_fmadd_pd(a.hi, b.hi, sum.hi, __mmask8(m >> 8));
-}
-INLINE void add_where(Doubles& sum, Mask m, Doubles a) {
-  sum.lo = _mm512_mask_add_pd(sum.lo, __mmask8(m), sum.lo, a.lo);
-  sum.hi = _mm512_mask_add_pd(sum.hi, __mmask8(m >> 8), sum.hi, a.hi);
 }
 INLINE bool all_finite(Doubles w) {
   const __m512d infinity = _mm512_set1_pd(__builtin_inf());

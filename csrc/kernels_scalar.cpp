@@ -57,7 +57,8 @@ void store(const float* from, DType dtype, uint64_t first, uint64_t n, void* arr
 }
 
 // Elements of a shared vector from number `first` of its array on, all of one scale block.
-void load_shared(const void* array, DType dtype, float scale, uint64_t first, uint64_t n, float* to) {
+void load_shared(const void* array, DType dtype, float scale, uint64_t first, uint64_t n,
+                 float* to) {
   if (dtype != DType::I8) return load(array, dtype, first, n, to);
   for (uint64_t i = 0; i < n; ++i) to[i] = dequantise(read<int8_t>(array, first + i), scale);
 }

@@ -1,5 +1,5 @@
-// Every formula of the codec, once. The scalar kernels and CUDA call these; the SIMD body, Triton and
-// NumPy restate them and are tested against them bit for bit.
+// Every formula of the codec, once. The scalar kernels and CUDA call these; the SIMD body, Triton
+// and NumPy restate them and are tested against them bit for bit.
 //
 // All arithmetic is float32 with one rounding per operation, to nearest even, denormals kept. Build
 // with -ffp-contract=off (nvcc: -fmad=false).
@@ -57,8 +57,9 @@ TALLCODEC_MATH uint16_t f32_to_f16(float x) {
   return uint16_t(sign | (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13);
 }
 
-// The shared vector. A sum that overflows, or meets a NaN or an infinity, becomes 0, and the 16-bit types
-// saturate. (Only int8 can still dequantise to an infinity, next to the largest float; no bit is set there.)
+// The shared vector. A sum that overflows, or meets a NaN or an infinity, becomes 0, and the 16-bit
+// types saturate. (Only int8 can still dequantise to an infinity, next to the largest float; no bit
+// is set there.)
 
 constexpr float kMaxF16 = 65504.0f, kMaxBF16 = 0x1.fep127f;
 
