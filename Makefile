@@ -42,5 +42,16 @@ test-sanitize: .venv/packages
 test-python: .venv/built
 	$(BIN)/python -m pytest
 
+# About three minutes on a machine with nothing else to do; writes benchmarks/results.
+bench: .venv/built
+	$(BIN)/python benchmarks/kernels.py
+
+# The real family: the checkpoints take 11 to 25 minutes, once (kept in ~/.cache/tallcodec); then ten more.
+bench-minilm: .venv/built
+	test -e $${TALLCODEC_CACHE:-$$HOME/.cache/tallcodec}/minilm/meta.json || \
+		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
+	$(BIN)/python benchmarks/real_family.py
+	$(BIN)/python benchmarks/load_time.py
+
 clean:
 	rm -rf .venv build tallcodec/_core*.so
