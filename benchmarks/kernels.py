@@ -12,9 +12,9 @@ import argparse
 
 import numpy as np
 import torch
-from tallcodec._core import kernels
 
 from common import RESULTS, median_of, print_table, write_csv
+from tallcodec._core import kernels
 
 TASKS = 8
 THRESHOLD = 0.4

@@ -66,14 +66,17 @@ std::function<void()> poll_signals() {
   };
 }
 
-// `inflate(frame, raw_size) -> bytes` as the core calls it, from any thread.
+// `inflate(frame, raw_size) -> bytes, or None where the frame is not sound`, as the core calls it,
+// from any thread.
 auto inflate_with(py::object inflate) {
   return [inflate](const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size) {
     py::gil_scoped_acquire gil;
     auto frame = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
-    auto raw = inflate(frame, raw_size).cast<std::string_view>();
-    if (raw.size() != raw_size) throw Error(Status::Format, "a zstd frame of the wrong size");
-    std::memcpy(out, raw.data(), raw.size());
+    py::object raw = inflate(frame, raw_size);
+    if (!py::isinstance<py::bytes>(raw) || py::len(raw) != raw_size) {
+      throw Error(Status::Format, text("no sound zstd frame of ", raw_size, " bytes"));
+    }
+    std::memcpy(out, PyBytes_AS_STRING(raw.ptr()), raw_size);
   };
 }
 
@@ -83,15 +86,8 @@ Options options(unsigned threads, bool verify, py::object inflate) {
     throw Error(Status::Argument, text("TALLCODEC_BACKEND=", backend, ": there is only cpu here"));
   }
   Options o;
-  o.threads = std::max(1u, threads);
+  o.threads = threads;
   o.verify = verify;
-  o.kernels = find_kernels();
-  if (!o.kernels) {
-    std::string have;
-    for (auto k = available_kernels(); *k; ++k) have += text(k == available_kernels() ? "" : ", ", (*k)->name);
-    throw Error(Status::Argument, text("TALLCODEC_KERNELS=", std::getenv("TALLCODEC_KERNELS"),
-                                       ": this machine has ", have));
-  }
   o.poll = poll_signals();
   if (!inflate.is_none()) o.inflate = inflate_with(std::move(inflate));
   return o;
@@ -231,13 +227,13 @@ void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool 
 
 py::bytes read_plane(const BufferFile& f, uint32_t plane, py::object inflate) {
   if (plane >= f.index().planes.size()) throw py::index_error();
-  std::string out(f.index().planes[plane].raw_size, '\0');
   Options o = options(1, true, std::move(inflate));
+  std::vector<uint8_t> out;
   {
     py::gil_scoped_release release;
-    f->read_plane(plane, reinterpret_cast<uint8_t*>(out.data()), o);
+    out = f->read_plane(plane, o);
   }
-  return out;
+  return py::bytes(reinterpret_cast<const char*>(out.data()), out.size());
 }
 
 py::list verify(const BufferFile& f, unsigned threads) {
@@ -313,6 +309,7 @@ PYBIND11_MODULE(_core, m) {
            })
       .def("append_file_plane",
            [](Encoder& e, bool zstd, std::string_view bytes, uint64_t raw_size) {
+             py::gil_scoped_release release;
              return e.append_file_plane(zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, bytes,
                                         raw_size);
            })

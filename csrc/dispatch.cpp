@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "tallcodec.h"
+#include "text.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -50,6 +52,14 @@ const Kernels* find_kernels(const char* name) {
   if (!name || !*name) return *kernels;
   while (*kernels && std::strcmp((*kernels)->name, name) != 0) ++kernels;
   return *kernels;
+}
+
+const Kernels& require_kernels() {
+  if (const Kernels* kernels = find_kernels()) return *kernels;
+  std::string have;
+  for (auto k = available_kernels(); *k; ++k) have += text(have.empty() ? "" : ", ", (*k)->name);
+  throw Error(Status::Argument, text("TALLCODEC_KERNELS=", std::getenv("TALLCODEC_KERNELS"),
+                                     ": this machine has ", have));
 }
 
 }  // namespace tallcodec

@@ -199,6 +199,9 @@ uint64_t Draft::finish() {
     index.metas.push_back(r);
   }
 
+  if (std::max({index.dims.size(), index.counts.size(), planes.size()}) >= kNone) {
+    throw Error(Status::Argument, text(label, ": too many tensors and tasks for one file"));
+  }
   std::string bytes = write_index(index);
   uint64_t file_size = end + bytes.size();
   Header header = write_header(end, bytes, file_size);

@@ -6,13 +6,12 @@
 #include <mutex>
 
 #include "draft.h"
+#include "float_environment.h"
 #include "parallel.h"
 #include "text.h"
 
 namespace tallcodec {
 namespace {
-
-constexpr uint64_t kCopyChunk = 32 * kSumBlock;  // bytes of a plane that is only copied, at a time
 
 // The three statistics of a range of elements.
 struct Moments {
@@ -323,7 +322,8 @@ void Encoder::set_entry(uint32_t task, uint32_t tensor, Coding coding, DType dty
 
 void Encoder::run(const Options& options) {
   Draft& d = *draft_;
-  d.kernels = options.kernels ? options.kernels : find_kernels();
+  FloatEnvironment environment;  // statistics and scales round as the kernels do
+  d.kernels = options.kernels ? options.kernels : &require_kernels();
   d.place();
 
   struct Item {
@@ -333,7 +333,7 @@ void Encoder::run(const Options& options) {
   std::vector<Item> items;
   std::vector<uint32_t> coded;
   std::vector<std::unique_ptr<Progress>> progress(d.tensors.size());
-  std::vector<Buffers> buffers(options.threads);
+  std::vector<Buffers> buffers(std::max(1u, options.threads));
 
   for (uint32_t i = 0; i < d.tensors.size(); ++i) {
     const DraftTensor& t = d.tensors[i];
@@ -350,6 +350,7 @@ void Encoder::run(const Options& options) {
       for (uint64_t u = 0; u < progress[i]->units; ++u) items.push_back({i, u});
     }
     parallel_for(items.size(), options.threads, options.poll, [&](uint64_t item, unsigned worker) {
+      FloatEnvironment in_this_thread;
       auto [tensor, part] = items[item];
       const DraftTensor& t = d.tensors[tensor];
       if (progress[tensor]) {

@@ -1,7 +1,5 @@
 // Checkpoints to a `.tall` file: first what every tensor becomes, then one pass over the values.
 #pragma once
-#include <functional>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>

@@ -11,8 +11,6 @@
 namespace tallcodec {
 namespace {
 
-constexpr uint64_t kCopyChunk = 32 * kSumBlock;  // bytes decoded at a time where nothing is computed
-
 std::string name(const Index& index, uint32_t tensor) {
   return text("tensor '", index.text(index.tensors[tensor].name), "'");
 }
@@ -79,17 +77,25 @@ class Decoder {
         index_(file.index()),
         fetch_(fetch),
         options_(options),
-        kernels_(options.kernels ? *options.kernels : *find_kernels()),
-        buffers_(options.threads) {}
+        kernels_(options.kernels ? *options.kernels : require_kernels()),
+        buffers_(std::max(1u, options.threads)) {}
 
+  // A plane as it is stored, of whatever kind and coding.
   PlaneBytes stored_plane(uint32_t id) const {
     const PlaneRecord& p = index_.planes[id];
-    if (!is_known(p.kind)) {
-      throw Error(Status::Version, text(file_.label(), ": ", file_.describe(id), " has kind ",
-                                        int(p.kind), ", which needs a newer tallcodec"));
-    }
     if (p.coding == PlaneCoding::External) return {&p, id, {}};
     return {&p, id, Source{fetch_(p.offset, align64(p.size))}};
+  }
+
+  // A plane that can be decoded.
+  PlaneBytes known_plane(uint32_t id) const {
+    const PlaneRecord& p = index_.planes[id];
+    if (!is_known(p.kind) || p.coding > PlaneCoding::External) {
+      throw Error(Status::Version,
+                  text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
+                       " and coding ", int(p.coding), ", which need a newer tallcodec"));
+    }
+    return stored_plane(id);
   }
 
   Job job(const Request& request) const {
@@ -105,14 +111,14 @@ class Decoder {
         if (t.base_plane != kNone) j.copied = base_plane(request, t.base_plane);
         break;
       case Coding::Verbatim:
-        if (e->plane != kNone) j.copied = stored_plane(e->plane);
+        if (e->plane != kNone) j.copied = known_plane(e->plane);
         break;
       default:
         j.base = base_plane(request, t.base_plane);
-        j.shared = raw_plane(t.shared_plane);
-        j.mask = raw_plane(e->plane);
-        if (t.shared_scales_plane != kNone) j.shared_scales = raw_plane(t.shared_scales_plane);
-        if (e->scales_plane != kNone) j.row_scales = raw_plane(e->scales_plane);
+        j.shared = known_plane(t.shared_plane);
+        j.mask = known_plane(e->plane);
+        if (t.shared_scales_plane != kNone) j.shared_scales = known_plane(t.shared_scales_plane);
+        if (e->scales_plane != kNone) j.row_scales = known_plane(e->scales_plane);
         j.row_length = j.row_scales.record ? j.elements / index_.rows(t) : j.elements;
         j.block.base_dtype = t.dtype;
         j.block.shared_dtype = t.shared_dtype;
@@ -151,7 +157,11 @@ class Decoder {
         throw Error(Status::Argument, text(file_.label(), ": ", file_.describe(plane.id),
                                            " is a zstd frame, and no decompressor was given"));
       }
-      options_.inflate(plane.source.memory, p.size, out, p.raw_size);
+      try {
+        options_.inflate(plane.source.memory, p.size, out, p.raw_size);
+      } catch (const Error& e) {
+        throw Error(e.status, text(file_.label(), ": the ", file_.describe(plane.id), ": ", e.message));
+      }
       return;
     }
     uint64_t begin = part * kCopyChunk, end = std::min(begin + kCopyChunk, p.raw_size);
@@ -175,7 +185,7 @@ class Decoder {
 
  private:
   PlaneBytes base_plane(const Request& request, uint32_t id) const {
-    PlaneBytes plane = raw_plane(id);
+    PlaneBytes plane = known_plane(id);
     if (plane.record->coding == PlaneCoding::External) {
       if (!request.base) {
         throw Error(Status::BaseMismatch, text(file_.label(), " only references its base, and none was given: ",
@@ -186,14 +196,6 @@ class Decoder {
     return plane;
   }
 
-  PlaneBytes raw_plane(uint32_t id) const {
-    PlaneBytes plane = stored_plane(id);
-    if (plane.record->coding == PlaneCoding::Zstd || plane.record->coding > PlaneCoding::External) {
-      throw Error(Status::Version, text(file_.label(), ": ", file_.describe(id), " has coding ",
-                                        int(plane.record->coding), ", which needs a newer tallcodec"));
-    }
-    return plane;
-  }
 
   const uint8_t* view(const PlaneBytes& plane, uint64_t at, uint64_t size,
                       std::vector<uint8_t>& buffer) const {
@@ -369,13 +371,15 @@ void File::decode(const std::vector<Request>& requests, const Options& options) 
   decoder.run(jobs);
 }
 
-void File::read_plane(uint32_t plane, uint8_t* out, const Options& options) const {
-  std::vector<uint8_t> unused;
+std::vector<uint8_t> File::read_plane(uint32_t plane, const Options& options) const {
   Decoder decoder(*this, fetch_, options);
-  PlaneBytes bytes = decoder.stored_plane(plane);
   Job job{};
-  job.copied = bytes;
-  for (uint64_t part = 0; part < job.parts(); ++part) decoder.copy(bytes, part, out, unused);
+  job.copied = decoder.known_plane(plane);
+  std::vector<uint8_t> out(job.copied.record->raw_size), unused;
+  for (uint64_t part = 0; part < job.parts(); ++part) {
+    decoder.copy(job.copied, part, out.data(), unused);
+  }
+  return out;
 }
 
 std::vector<Damage> File::verify(const Options& options) const {

@@ -1,12 +1,15 @@
 // The `.tall` format, version 1: docs/format.md is the specification, these are its records.
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "tallcodec.h"
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the format is little endian, and so must be the machine"
+#endif
 
 namespace tallcodec {
 
@@ -14,6 +17,7 @@ constexpr uint8_t kMagic[8] = {0x89, 'T', 'A', 'L', 'L', '\r', '\n', 0x1a};
 constexpr uint32_t kVersion = 1;
 constexpr uint64_t kAlign = 64;
 constexpr uint64_t kSumBlock = 65536;  // bytes per checksum
+constexpr uint64_t kCopyChunk = 32 * kSumBlock;  // bytes at a time where nothing is computed
 constexpr uint64_t kUnit = 524288;     // elements per statistics unit; a mask's checksum block
 constexpr uint64_t kMaxZstdRatio = 32768;  // raw bytes per byte of a zstd frame, at most
 constexpr uint8_t kMaxRank = 32;

@@ -82,6 +82,9 @@ extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;
 // Null when the forced one is unknown or the CPU cannot run it.
 const Kernels* find_kernels(const char* name = nullptr);
 
+// The same, but for an Error(Status::Argument) where find_kernels() has none.
+const Kernels& require_kernels();
+
 // The tables this CPU runs, best first, ended by a null pointer.
 const Kernels* const* available_kernels();
 

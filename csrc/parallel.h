@@ -35,6 +35,7 @@ void parallel_for(uint64_t count, unsigned threads, const std::function<void()>&
 
   std::vector<std::thread> others;
   if (threads > count) threads = static_cast<unsigned>(count);
+  others.reserve(threads);
   try {
     for (unsigned worker = 1; worker < threads; ++worker) others.emplace_back(work, worker);
   } catch (const std::system_error&) {

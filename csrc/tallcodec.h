@@ -72,7 +72,8 @@ struct Options {
   bool verify = true;                // check every block that is used against its checksum
   const Kernels* kernels = nullptr;  // null: the best this CPU runs
   std::function<void()> poll;        // called now and then by the calling thread; may throw
-  // Decompresses one zstd frame into exactly raw_size bytes. Needed for zstd planes only.
+  // Decompresses one zstd frame into exactly raw_size bytes, or throws Error(Status::Format). Needed for
+  // zstd planes only; called from any thread.
   std::function<void(const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size)> inflate;
 };
 
@@ -102,8 +103,8 @@ class File {
   bool needs_base(uint32_t task, uint32_t tensor) const;  // a Source in the Request
 
   void decode(const std::vector<Request>& requests, const Options& options) const;
-  // The decoded bytes of a plane of kind file.
-  void read_plane(uint32_t plane, uint8_t* out, const Options& options) const;
+  // The decoded bytes of a plane of kind verbatim or file.
+  std::vector<uint8_t> read_plane(uint32_t plane, const Options& options) const;
   // Every block of the file that does not match its checksum.
   std::vector<Damage> verify(const Options& options) const;
   // What a plane belongs to, for messages: "mask of tensor 'a', task 'b'".

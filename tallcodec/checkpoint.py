@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .errors import CheckpointError, ClosedError, ReadError, TallcodecError
+from .errors import ArgumentError, CheckpointError, ClosedError, ReadError, TallcodecError
 
 
 class DType(NamedTuple):
@@ -78,7 +78,10 @@ def torch_dtype(name: str):
     """The torch dtype of a safetensors dtype name (imports torch)."""
     import torch
 
-    return getattr(torch, DTYPES[name].numpy.name)
+    dtype = getattr(torch, DTYPES[name].numpy.name, None)
+    if dtype is None:
+        raise ArgumentError(f"torch {torch.__version__} has no dtype for {name}: a newer one has")
+    return dtype
 
 
 def is_side_file(name: str) -> bool:

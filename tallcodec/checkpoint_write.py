@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,10 +99,10 @@ def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
     Raises OutputExistsError when ``path`` exists and ``overwrite`` is false, even if it came to
     exist meanwhile, or when it is not a regular file; WriteError for the operating system's.
     """
-    path = Path(path)
-    if os.path.lexists(path):
-        if not overwrite:
-            raise _exists_error(path)
+    if not overwrite and os.path.lexists(path):
+        raise _exists_error(Path(path))
+    path = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
+    if path.exists():
         if not path.is_file():
             raise OutputExistsError(f"{path}: exists and is not a regular file: remove it yourself")
     temporary = _temporary_sibling(path)
@@ -164,7 +164,10 @@ def _write_torch(file: BinaryIO, specs: Specs, fill: Fill) -> None:
         raise ArgumentError(
             "writing a torch file needs PyTorch: install torch, or write .safetensors"
         ) from error
-    memories = {name: torch.empty(_nbytes(specs[name]), dtype=torch.uint8) for name in specs}
+    memories = {
+        name: torch.empty(_nbytes(spec), dtype=torch.uint8, device="cpu")
+        for name, spec in specs.items()
+    }
     fill({name: memory.numpy() for name, memory in memories.items()})
     state_dict = {
         name: memory.view(torch_dtype(specs[name][0])).reshape(specs[name][1])
@@ -328,19 +331,17 @@ def _place(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")  # any name leaves room for this one
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a crash, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    """Make a rename that has happened survive a crash, where the file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

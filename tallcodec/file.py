@@ -43,6 +43,9 @@ def open(
     it. ``threads``: for decoding; default, one per CPU. ``verify=False`` leaves the checksums of
     what is decoded unchecked (never those of header and index).
 
+    The file is mapped: replace it by renaming another over it, as everything here does. One that is
+    cut short in place while it is open ends the process.
+
     Raises FormatError (VersionError, ChecksumError) when it is not a sound `.tall` file,
     ReadError when it cannot be read, and what opening a checkpoint raises for ``base``.
     """
@@ -88,9 +91,9 @@ class File:
         self._framework = frameworks.check_framework(framework)
         self._threads = check_threads(threads)
         self._check = verify
-        self._path = os.fspath(path)
+        self._path = os.path.abspath(path)
         self._label = label(path)
-        self._base_source = base
+        self._base_source = os.path.abspath(base) if isinstance(base, (str, os.PathLike)) else base
         try:
             with builtins.open(self._path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
@@ -155,6 +158,7 @@ class File:
         names = self._names(number) if tensors is None else list(tensors)
         if isinstance(tensors, str):
             raise ArgumentError(f"tensors must be a list of names, not the string {tensors!r}")
+        names = list(dict.fromkeys(names))
         if out is not None and not isinstance(out, Mapping):
             raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
         out = dict(out or {})
@@ -229,9 +233,7 @@ class File:
         return f"<tallcodec.File {self._path!r}, {state}>"
 
     def __reduce__(self):
-        path, base = (os.path.abspath(p) if isinstance(p, (str, os.PathLike)) else p
-                      for p in (self._path, self._base_source))  # fmt: skip
-        arguments = (path, self._framework, base, self._threads, self._check)
+        arguments = (self._path, self._framework, self._base_source, self._threads, self._check)
         return _reopen, (*arguments, self._file.identity())
 
     @property
@@ -267,7 +269,7 @@ class File:
 
     def _decode(self, number: int, requests: list[tuple[int, int]]) -> None:
         """Decode (tensor, address of its memory) pairs."""
-        file, base = self._file, self._base  # kept open until this is done
+        base, file = self._base, self._file  # in this order, see close; kept until this is done
         sources = [self._base_tensor(number, tensor, base) for tensor, _ in requests]
         file.decode(
             [(number, *request, source) for request, source in zip(requests, sources)],
@@ -305,6 +307,8 @@ class File:
             if coding == numbers.ZSTD:
                 file.read_plane(number, _inflate)
         referenced = any(coding == numbers.EXTERNAL for _, coding, *_ in planes)
+        if self._base is not None and not referenced:
+            raise ArgumentError(f"{self._label} embeds its base: there is no other to check")
         if referenced and self._base is not None:
             for name in self._names(_core.NONE):
                 self.decode(None, [name])
@@ -354,13 +358,14 @@ def _reopen(path, framework, base, threads, check, identity) -> File:
     return file
 
 
-def _inflate(frame: memoryview, raw_size: int) -> bytes:
-    """One zstd frame of known raw size, which it must state itself: nothing larger is allocated."""
+def _inflate(frame: memoryview, raw_size: int) -> bytes | None:
+    """One zstd frame of known raw size, which it must state itself: nothing larger is allocated.
+    None where it is not sound."""
     try:
         if zstandard.frame_content_size(frame) != raw_size:
-            raise FormatError("a zstd frame does not have the size that the index says")
+            return None
         return zstandard.ZstdDecompressor().decompress(
             frame, max_output_size=raw_size, allow_extra_data=False
         )
-    except zstandard.ZstdError as error:
-        raise FormatError(f"a zstd frame cannot be decompressed: {error}") from error
+    except zstandard.ZstdError:
+        return None

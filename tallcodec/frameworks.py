@@ -32,7 +32,7 @@ def empty(framework: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, int]
         return array, array.ctypes.data
     import torch
 
-    tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+    tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
     return tensor, tensor.data_ptr()
 
 

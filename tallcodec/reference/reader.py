@@ -52,7 +52,6 @@ from .records import (
     MAX_RANK,
     META,
     NONE,
-    NONFINITE_BASE,
     PLANE,
     RAW,
     REFERENCED,
@@ -284,7 +283,7 @@ class Reference:
         n = math.prod(self.shape(e))
         _check(e.dtype in DTYPES, f"{what}: unknown element type", VersionError)
         dtype = DTYPES[e.dtype]
-        _check((e.reason != 0) == (e.coding == AS_IS) and e.reason <= NONFINITE_BASE,
+        _check((e.reason != 0) == (e.coding == AS_IS),
                f"{what}: a reason where there is none")
         if e.coding != MASKED:
             statistics = e.set_bits, e.published_bits, e.tau_sq, e.dot, e.approx_sq

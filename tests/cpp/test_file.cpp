@@ -8,9 +8,11 @@
 #include <map>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
+#include "draft.h"
 #include "encode.h"
 #include "format.h"
 #include "kernels.h"
@@ -27,7 +29,8 @@ Source source(const std::vector<T>& values) {
 }
 
 // A base and two tasks with an entry of every coding, encoded into a temporary file and read back.
-Bytes encode(ScaleMode scale, BaseStorage storage, DType shared, const std::vector<float>& base) {
+Bytes encode(const Kernels* kernels, ScaleMode scale, BaseStorage storage, DType shared,
+             const std::vector<float>& base) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   std::vector<std::vector<float>> tasks(2, base);
@@ -61,6 +64,7 @@ Bytes encode(ScaleMode scale, BaseStorage storage, DType shared, const std::vect
   encoder.set_entry(0, head, Coding::Verbatim, DType::I64, three, Reason::NotInBase, {});
   Options options;
   options.threads = 2;
+  options.kernels = kernels;
   encoder.run(options);
   for (auto pending : encoder.verbatim()) {
     auto bytes = [](const auto& v) {
@@ -83,8 +87,11 @@ struct Decoded {
   int refused = 0;
 };
 
-Decoded decode(const Bytes& bytes, const std::vector<float>& base) {
+Decoded decode(const Bytes& bytes, const std::vector<float>& base,
+               const Kernels* kernels = nullptr) {
   Decoded result;
+  Options options;
+  options.kernels = kernels;
   try {
     File file("test.tall", bytes.size(), [&](uint64_t offset, uint64_t size) {
       CHECK(offset <= bytes.size() && size <= bytes.size() - offset);
@@ -103,7 +110,7 @@ Decoded decode(const Bytes& bytes, const std::vector<float>& base) {
           if (file.needs_base(task, i)) {
             external = info.nbytes == base.size() * sizeof(float) ? source(base) : Source{};
           }
-          file.decode({{task, i, out.data(), external}}, {});
+          file.decode({{task, i, out.data(), external}}, options);
           result.tensors[std::to_string(task) + "/" + std::string(index.text(index.tensors[i].name))] = out;
         } catch (const Error&) {
           ++result.refused;
@@ -113,14 +120,13 @@ Decoded decode(const Bytes& bytes, const std::vector<float>& base) {
     for (const FileRecord& f : index.files) {
       try {
         if (f.plane == kNone || index.planes[f.plane].raw_size > 1 << 20) continue;
-        Bytes out(index.planes[f.plane].raw_size);
-        file.read_plane(f.plane, out.data(), {});
+        Bytes out = file.read_plane(f.plane, options);
         result.tensors["file/" + std::string(index.text(f.name))] = out;
       } catch (const Error&) {
         ++result.refused;
       }
     }
-    file.verify({});
+    file.verify(options);
     for (uint32_t p = 0; p < index.planes.size(); ++p) file.describe(p);
   } catch (const Error&) {
     ++result.refused;
@@ -151,9 +157,41 @@ void fix_checksums(Bytes& file) {
   std::memcpy(file.data(), &header, sizeof header);
 }
 
+// Offsets and sizes of a tensor of 2^33 elements, by arithmetic: nothing of that size is allocated.
+void test_placement_of_large_tensors() {
+  constexpr uint64_t n = uint64_t{1} << 33;
+  Draft draft;
+  draft.storage = BaseStorage::Embedded;
+  draft.tasks = {{"a", 0.4f}, {"b", 0.4f}};
+  DraftTensor t;
+  t.shape = {uint64_t{1} << 20, uint64_t{1} << 13};
+  t.shared_dtype = DType::I8;
+  t.record.in_base = 1;
+  t.record.dtype = DType::BF16;
+  t.record.alias = kNone;
+  t.entries.resize(2);
+  for (DraftEntry& e : t.entries) e.record.coding = Coding::Mask;
+  draft.tensors.push_back(t);
+  draft.place();
+
+  const uint64_t sizes[] = {2 * n, n, n / 128 * 4, n / 8, n / 8};
+  uint64_t offset = sizeof(Header);
+  CHECK(draft.planes.size() == 5);
+  for (size_t i = 0; i < draft.planes.size(); ++i) {
+    const PlaneRecord& p = draft.planes[i].record;
+    CHECK(p.offset == offset && p.size == sizes[i] && p.raw_size == sizes[i]);
+    CHECK(draft.planes[i].sums.size() == sizes[i] / kSumBlock);
+    offset += sizes[i];
+  }
+  CHECK(draft.end == offset);
+}
+
 void damage(const Bytes& file, const std::vector<float>& base) {
   const Decoded sound = decode(file, base);
   CHECK(sound.refused == 0);
+  for (auto kernels = available_kernels(); *kernels; ++kernels) {
+    CHECK(decode(file, base, *kernels).tensors == sound.tensors);
+  }
   CHECK(sound.tensors.size() == 14);  // 5 of task a, 4 of b, 4 of the base, a file
 
   int flips_refused = 0;
@@ -182,6 +220,14 @@ void damage(const Bytes& file, const std::vector<float>& base) {
       const uint8_t odd[] = {0, 1, 0x7F, 0x80, 0xFF, uint8_t(random())};
       hostile[at] = odd[random() % 6];
     }
+    if (random() % 4 == 0) {  // kinds, codings and sizes of planes, together
+      const IndexHeader& h = *reinterpret_cast<const IndexHeader*>(file.data() + begin);
+      uint64_t planes = begin + sizeof h + 64ull * (h.tensors + h.tasks + h.tensors * h.tasks);
+      uint8_t* plane = hostile.data() + planes + random() % h.planes * sizeof(PlaneRecord);
+      plane[random() % 2] = uint8_t(random() % 10);
+      uint64_t raw_size = random() % 2 ? random() % 100000 : uint64_t{1} << random() % 64;
+      std::memcpy(plane + offsetof(PlaneRecord, raw_size), &raw_size, sizeof raw_size);
+    }
     fix_checksums(hostile);
     decode(hostile, base);
   }
@@ -194,7 +240,15 @@ int main() {
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
   for (float& x : base) x = normal(random);
-  damage(encode(ScaleMode::None, BaseStorage::Embedded, DType::F32, base), base);
-  damage(encode(ScaleMode::UnitGainRow, BaseStorage::Referenced, DType::I8, base), base);
+  test_placement_of_large_tensors();
+  for (auto [scale, storage, shared] :
+       {std::tuple{ScaleMode::None, BaseStorage::Embedded, DType::F32},
+        std::tuple{ScaleMode::UnitGainRow, BaseStorage::Referenced, DType::I8}}) {
+    Bytes file = encode(*available_kernels(), scale, storage, shared, base);
+    for (auto kernels = available_kernels(); *kernels; ++kernels) {
+      CHECK(encode(*kernels, scale, storage, shared, base) == file);
+    }
+    damage(file, base);
+  }
   return finish_checks();
 }

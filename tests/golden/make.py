@@ -1,8 +1,8 @@
 """Wrote the golden files, once. A file that exists is never written again.
 
 Each file is small (under 4 KiB) and shows a few features of the format; `expected.json` holds what
-they decode to: dtype, shape and SHA-256 of every tensor, found by the NumPy reference. A new version
-of the format, or a new feature, gets files of its own, named by the version that wrote them.
+they decode to: dtype, shape and SHA-256 of every tensor, found by the NumPy reference. A new
+version of the format, or a new feature, gets files of its own, named by their version.
 
     python tests/golden/make.py
 """
