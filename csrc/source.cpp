@@ -9,6 +9,16 @@
 #include "text.h"
 
 namespace tallcodec {
+namespace {
+
+// The path behind a descriptor, for messages: a Source is not told it.
+std::string file_name(int fd) {
+  char path[4096];
+  ssize_t n = ::readlink(text("/proc/self/fd/", fd).c_str(), path, sizeof path);
+  return n > 0 ? std::string(path, static_cast<size_t>(n)) : text("file descriptor ", fd);
+}
+
+}  // namespace
 
 const uint8_t* Source::view(uint64_t position, uint64_t size, std::vector<uint8_t>& buffer) const {
   if (memory) return memory + position;
@@ -19,9 +29,10 @@ const uint8_t* Source::view(uint64_t position, uint64_t size, std::vector<uint8_
     if (got > 0) {
       done += static_cast<uint64_t>(got);
     } else if (got == 0) {
-      throw Error(Status::Read, "the file ends early; was it changed while being read?");
+      throw Error(Status::Read, text(file_name(fd), " ends early; was it changed while being read?"));
     } else if (errno != EINTR) {
-      throw Error(Status::Read, std::strerror(errno), errno);
+      int error = errno;
+      throw Error(Status::Read, text(file_name(fd), " cannot be read: ", std::strerror(error)), error);
     }
   }
   return buffer.data();

@@ -108,8 +108,6 @@ class Tensor:
     """Byte offset in the file, or the address in memory."""
     owner: Any
     """The open file, or whatever keeps the memory alive."""
-    storage: Hashable | None = None
-    """Equal for tensors of one checkpoint that are the very same memory (tied weights)."""
 
     @property
     def nbytes(self) -> int:
@@ -466,9 +464,8 @@ def _from_memory(mapping: Any, label: str) -> dict[str, Tensor]:
             memories[identity] = contiguous(value)
         memory = memories[identity]
         address = memory.ctypes.data if isinstance(memory, np.ndarray) else memory.data_ptr()
-        storage = identity if 0 not in value.shape else None
         # The original is kept too: while it lives, no other tensor can have its address.
-        tensors[name] = Tensor(dtype, tuple(value.shape), -1, address, (memory, value), storage)
+        tensors[name] = Tensor(dtype, tuple(value.shape), -1, address, (memory, value))
     return tensors
 
 

@@ -8,8 +8,6 @@ import numpy as np
 from . import _core, numbers
 from .numbers import name_of
 
-_KINDS = {1: "base", 2: "shared", 3: "mask", 4: "ternary", 5: "scales", 6: "verbatim", 7: "file"}
-
 
 @dataclass(frozen=True)
 class VerbatimTensor:
@@ -142,9 +140,9 @@ class Verification:
 def read_info(path: str, size: int, file: _core.File) -> FileInfo:
     """Gather a file's numbers from its index."""
     header, tensors, planes = file.header(), file.tensors(), file.planes()
-    stored = dict.fromkeys(_KINDS.values(), 0)
+    stored = dict.fromkeys(numbers.PLANES, 0)
     for number, _, _, plane_size, _ in planes:
-        kind = _KINDS.get(number, "unknown")
+        kind = name_of(number, numbers.PLANES)
         stored[kind] = stored.get(kind, 0) + plane_size
     base_bytes = base_parameters = 0
     for i, tensor in enumerate(tensors):

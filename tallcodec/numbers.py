@@ -14,6 +14,9 @@ BASE_STORAGES = {"embed": 1, "reference": 2}
 MERGES = {"task-arithmetic": 1}
 METHODS = {"tall": 1}
 
+PLANES = {
+    "base": 1, "shared": 2, "mask": 3, "ternary": 4, "scales": 5, "verbatim": 6, "file": 7,
+}  # fmt: skip
 RAW, ZSTD, EXTERNAL = range(3)  # a plane's coding
 BASE, MASK, VERBATIM, ABSENT = range(4)  # an entry's coding
 REASONS = {

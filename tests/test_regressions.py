@@ -100,3 +100,19 @@ def test_a_name_and_values_of_zero_bytes(encode):
     path = encode({"w": normal(3)}, {"a": {"w": normal(3, 1)}}, metadata={"empty": ""})
     with tallcodec.open(path, "np") as file:
         assert file.info.metadata == {"empty": ""}
+
+
+def test_a_checkpoint_that_shrinks_is_named(tmp_path):
+    state = {"w": torch.zeros(200000), "v": torch.ones(200000)}
+    from safetensors.torch import save_file
+
+    from tallcodec.checkpoint import open_checkpoint
+
+    path = tmp_path / "a.safetensors"
+    save_file(state, path)
+    with open_checkpoint(path) as checkpoint:
+        os.truncate(path, 1000)
+        tensors = list(checkpoint.tensors.values())
+        sources = [(tensor.fd, tensor.offset) for tensor in tensors]
+        with pytest.raises(errors.ReadError, match="a.safetensors ends early"):
+            _core.same_bytes(*sources, tensors[0].nbytes)
