@@ -1,6 +1,7 @@
 """Builds the C++ extension with CMake. Everything else about the package is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         options = [
             "-GNinja",
+            # Named anew each time: pip's build environment is another one for every build.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

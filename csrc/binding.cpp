@@ -320,6 +320,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<BufferFile>(m, "File")
       .def(py::init<std::string, const py::buffer&>())
       .def("identity", [](const BufferFile& f) { return f->identity(); })
+      .def("size", [](const BufferFile& f) { return f->size(); })
       .def("header", header)
       .def("tasks", tasks)
       .def("tensors", tensors)

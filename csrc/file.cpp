@@ -189,7 +189,7 @@ class Decoder {
     if (plane.record->coding == PlaneCoding::External) {
       if (!request.base) {
         throw Error(Status::BaseMismatch, text(file_.label(), " only references its base, and none was given: ",
-                                               "pass the base checkpoint it was encoded against"));
+                                               "pass the base checkpoint it was encoded against (base=, --base)"));
       }
       plane.source = request.base;
     }
@@ -287,6 +287,7 @@ File::File(std::string label, uint64_t file_size, Fetch fetch)
   uint64_t head = std::min<uint64_t>(file_size, sizeof(Header));
   Slot slot = read_header(label_, head ? fetch_(0, head) : nullptr, head, file_size);
   identity_ = slot.index_hash;
+  size_ = slot.file_size;
   index_ = std::make_shared<Index>(
       read_index(label_, fetch_(slot.index_offset, slot.index_size), slot.index_size, slot));
 }

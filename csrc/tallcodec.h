@@ -93,6 +93,7 @@ class File {
 
   const Index& index() const { return *index_; }
   uint64_t identity() const { return identity_; }  // the index's checksum
+  uint64_t size() const { return size_; }  // where the file ends; bytes behind it are ignored
   const std::string& label() const { return label_; }
   uint32_t find_task(std::string_view name) const;    // throws Error(Status::TaskNotFound)
   uint32_t find_tensor(std::string_view name) const;  // throws Error(Status::TensorNotFound)
@@ -113,7 +114,7 @@ class File {
  private:
   std::string label_;
   Fetch fetch_;
-  uint64_t identity_;
+  uint64_t identity_, size_;
   std::shared_ptr<const Index> index_;
 };
 

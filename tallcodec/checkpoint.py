@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,7 @@ _SIDE_FILE = re.compile(
     r"[^./\\][^/\\]*\.(json|jsonl|txt|model|jinja|md|yaml|yml|tiktoken|bpe|vocab|codes)"
     r"|LICENSE|NOTICE"
 )
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: it has no UTF-8
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")  # torch.compile inside or outside of DDP
@@ -198,6 +199,10 @@ def _open_path(path: Path, stack: ExitStack) -> Checkpoint:
         return _open_folder(path, stack)
     if path.name.startswith("adapter_model."):
         raise _adapter_error(label, "an adapter's file name")
+    if shard := _SHARD.search(path.name):
+        raise CheckpointError(
+            f"{label}: one shard of {int(shard[1])}, expected all of them: pass the folder"
+        )
     if path.suffix == ".safetensors":
         tensors, metadata = _open_safetensors(path, stack)
         return Checkpoint(label, "safetensors", tensors, metadata)
@@ -555,3 +560,18 @@ def _adapter_error(label: str, found: str) -> CheckpointError:
         f"{label}: a LoRA/PEFT adapter ({found}), expected the full weights: merge it first "
         "(model.merge_and_unload(), then save_pretrained)"
     )
+
+
+def refuse_input_as_output(output: str | os.PathLike, inputs: Iterable[Any]) -> None:
+    """Raise ArgumentError where ``output`` is one of the checkpoints or files that are read for it.
+
+    Replacing it would lose it: what is encoded cannot be decoded without loss.
+    """
+    for source in inputs:
+        if not isinstance(source, (str, os.PathLike)) or not os.path.exists(output):
+            continue
+        files = [source]
+        if os.path.isdir(source):
+            files += [os.path.join(source, name) for name in os.listdir(source)]
+        if any(os.path.exists(file) and os.path.samefile(file, output) for file in files):
+            raise ArgumentError(f"{os.fspath(output)!s}: is an input too: choose another path")

@@ -31,6 +31,8 @@ _WEIGHTS_NAME = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 
+_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")  # not that of Llama-3.1-8B
+
 
 def write_checkpoint(
     path: str | os.PathLike,
@@ -45,8 +47,8 @@ def write_checkpoint(
     """Write a checkpoint, of the kind its path asks for; returns the paths of the files written.
 
     `.safetensors` is one safetensors file; `.pt`, `.pth`, `.bin` and `.ckpt` are a torch file with
-    a plain dict (which needs torch, and the whole checkpoint in memory); any other path, one that
-    ends with a slash, and an existing folder are a Hugging Face folder.
+    a plain dict (which needs torch, and the whole checkpoint in memory); a path without such an
+    ending, one that ends with a slash, and an existing folder are a Hugging Face folder.
 
     ``specs`` maps each tensor's name to its safetensors dtype and its shape. ``fill`` is called
     with batches of them, name -> uint8 array of shape ``(nbytes,)``, C-contiguous, valid during
@@ -64,7 +66,7 @@ def write_checkpoint(
             raise ArgumentError(f"tensor {name!r}: unknown dtype {dtype!r}")
         if name == "__metadata__":
             raise ArgumentError("safetensors files cannot hold a tensor named __metadata__")
-    as_folder = os.fspath(path).endswith("/") or os.path.isdir(path)
+    as_folder = os.path.isdir(path) or os.fspath(path).endswith("/")
     path = Path(path)
     if not as_folder and path.suffix in (".safetensors", *TORCH_SUFFIXES):
         if max_shard_size is not None:
@@ -75,6 +77,11 @@ def write_checkpoint(
             else:
                 _write_torch(file, specs, fill)
         return [path]
+    if not as_folder and (path.name == "-" or _SUFFIX.search(path.name)):
+        raise ArgumentError(
+            f"{path}: expected .safetensors, {', '.join(TORCH_SUFFIXES)}, or a folder: "
+            "to make a folder of that name, end it with a slash"
+        )
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     return _write_folder(path, specs, fill, metadata or {}, files or {}, limit, overwrite)
 
@@ -101,17 +108,17 @@ def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
     """
     if not overwrite and os.path.lexists(path):
         raise _exists_error(Path(path))
-    path = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
-    if path.exists():
-        if not path.is_file():
+    target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
+    if target.exists():
+        if not target.is_file():
             raise OutputExistsError(f"{path}: exists and is not a regular file: remove it yourself")
-    temporary = _temporary_sibling(path)
+    temporary = _temporary_sibling(target)
     with _write_errors(path):
         try:
             with _synced_file(temporary) as file:
                 yield file
-            _place(temporary, path, overwrite)
-            _sync_folder(path.parent)
+            _place(temporary, target, overwrite)
+            _sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -331,7 +338,8 @@ def _place(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".{secrets.token_hex(8)}.tmp")  # any name leaves room for this one
+    # Names the output, if a killed process leaves it behind, and is short whatever that is called.
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -352,12 +360,17 @@ def _write_errors(path: Path) -> Iterator[None]:
     except TallcodecError:  # a ReadError is an OSError too
         raise
     except OSError as error:
-        result = WriteError(f"{path}: cannot be written: {error}")
+        folder = Path(path).parent
+        why = error if folder.is_dir() else f"there is no folder {folder}: make it first"
+        result = WriteError(f"{path}: cannot be written: {why}")
         result.errno, result.filename = error.errno, str(path)
         raise result from error
 
 
 def _exists_error(path: Path) -> OutputExistsError:
-    result = OutputExistsError(f"{path}: exists already: choose another path, or overwrite it")
+    result = OutputExistsError(
+        f"{path}: exists already: choose another path, or allow it to be replaced (overwrite=True, "
+        "--overwrite)"
+    )
     result.errno, result.filename = errno.EEXIST, str(path)
     return result

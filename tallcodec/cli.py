@@ -16,6 +16,9 @@ from .version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 for an error (2 where argparse refuses)."""
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of ASCII alone is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         result, text = arguments.run(arguments)
     except TallcodecError as error:
@@ -55,22 +58,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", action="append", required=True, metavar="NAME=CHECKPOINT",
                      help="a fine-tuned checkpoint; once per task")  # fmt: skip
     sub.add_argument("-o", "--output", required=True, help="the .tall file to write")
-    sub.add_argument("--merge", default="task-arithmetic", choices=numbers.MERGES)
+    sub.add_argument("--merge", default="task-arithmetic", choices=numbers.MERGES,
+                     help="how the shared vector is made (default: %(default)s)")  # fmt: skip
     sub.add_argument("--threshold", action="append", metavar="[NAME=]NUMBER",
                      help="λ of the masks, for all tasks or for one; default 0.4")  # fmt: skip
-    sub.add_argument("--method", default="tall", choices=numbers.METHODS)
-    sub.add_argument("--scale", default="none", choices=numbers.SCALES)
-    sub.add_argument("--shared-dtype", default="auto", choices=numbers.SHARED_DTYPES)
-    sub.add_argument("--base-storage", default="embed", choices=numbers.BASE_STORAGES)
-    sub.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE")
+    sub.add_argument("--method", default="tall", choices=numbers.METHODS,
+                     help="how a task is coded (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--scale", default="none", choices=numbers.SCALES,
+                     help="unit-gain keeps the length of a task vector along its own direction, "
+                     "by one factor per tensor or row (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--shared-dtype", default="auto", choices=numbers.SHARED_DTYPES,
+                     help="how the shared vector is stored; auto: as the base")  # fmt: skip
+    sub.add_argument("--base-storage", default="embed", choices=numbers.BASE_STORAGES,
+                     help="reference: leave the base out and ask for it when decoding")  # fmt: skip
+    sub.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE",
+                     help="a string to keep in the file; once per string")  # fmt: skip
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = command("inspect", _inspect, "Show what a file holds and what it costs.")
-    sub.add_argument("path")
+    sub.add_argument("path", help="a .tall file")
 
     sub = command("decode", _decode, "Decode a task into a checkpoint.")
-    sub.add_argument("path")
-    sub.add_argument("--task", required=True)
+    sub.add_argument("path", help="a .tall file")
+    sub.add_argument("--task", required=True, help="the task's name, as inspect shows it")
     sub.add_argument("-o", "--output", required=True,
                      help="a .safetensors or .pt file, or a folder to make")  # fmt: skip
     sub.add_argument("--base", help=f"the base, where the file only references it: {checkpoint}")
@@ -78,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
     sub = command("verify", _verify, "Check every byte of a file.")
-    sub.add_argument("path")
+    sub.add_argument("path", help="a .tall file")
     sub.add_argument("--base", help=f"also check that this is the referenced base: {checkpoint}")
     return parser
 

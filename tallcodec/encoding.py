@@ -10,7 +10,7 @@ from typing import Any
 import zstandard
 
 from . import _core, numbers
-from .checkpoint import Checkpoint, Tensor, open_checkpoint
+from .checkpoint import Checkpoint, Tensor, open_checkpoint, refuse_input_as_output
 from .checkpoint_write import atomic_file
 from .errors import ArgumentError, CheckpointError
 from .file import label
@@ -68,6 +68,7 @@ def encode(
     metadata = _metadata(metadata)
     threads = check_threads(threads)
 
+    refuse_input_as_output(output, (base, *tasks.values()))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(atomic_file(output, overwrite))
         base_checkpoint = stack.enter_context(open_checkpoint(base))
@@ -148,6 +149,11 @@ def _plan(
     """Tell the encoder every tensor, and what each task's becomes."""
     for checkpoint in (base, *tasks):
         _check_names_and_shapes(checkpoint)
+    for task in tasks:
+        if not base.tensors.keys() & task.tensors.keys():
+            raise CheckpointError(
+                f"{task.label}: none of its tensors is in the base {base.label}: is that its base?"
+            )
     names = _names(base, tasks)
     aliases = _aliases(base, tasks)
     number = {name: i for i, name in enumerate(names)}

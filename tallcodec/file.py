@@ -10,7 +10,7 @@ from typing import Any
 import zstandard
 
 from . import _core, frameworks, numbers
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .checkpoint_write import write_checkpoint
 from .errors import (
     ArgumentError,
@@ -200,6 +200,7 @@ class File:
         Raises what :meth:`decode` raises, OutputExistsError, WriteError and ArgumentError.
         """
         number = self._number(task)
+        refuse_input_as_output(path, (self._path, self._base_source))
         ids = {name: self._file.find_tensor(name) for name in self._names(number)}
         specs = {name: self._info(number, tensor)[:2] for name, tensor in ids.items()}
 
@@ -318,6 +319,7 @@ class File:
             tasks=len(self._tasks),
             tensors=len(file.tensors()),
             planes=len(planes),
+            ignored=self._size - file.size(),
             base_checked=not referenced or self._base is not None,
         )
 

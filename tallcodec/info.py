@@ -8,6 +8,8 @@ import numpy as np
 from . import _core, numbers
 from .numbers import name_of
 
+_LISTED = 20  # verbatim tensors that the table names per task
+
 
 @dataclass(frozen=True)
 class VerbatimTensor:
@@ -94,23 +96,31 @@ class FileInfo:
             + f", else {_size(self.overhead)}",
             "",
         ]  # fmt: skip
-        rows = [("task", "λ", "bits/param", "density", "gain", "error", "mask", "base", "verbatim")]
+        if self.metadata:
+            lines.insert(-1, "metadata: " + ", ".join(f"{k}={v}" for k, v in self.metadata.items()))
+        rows = [(
+            "task", "λ", "bits/param", "density", "gain", "error", "mask", "base", "verbatim",
+            "absent",
+        )]  # fmt: skip
         for t in self.tasks:
             rows.append((
-                t.name, f"{t.threshold:g}", f"{t.bits:.3f}", f"{t.density:.3f}", f"{t.gain:.3f}",
-                f"{t.error:.3f}", str(t.tensors["mask"]), str(t.tensors["as the base"]),
-                str(t.tensors["verbatim"]),
+                t.name, f"{t.threshold:g}", _3(t.bits), _3(t.density), _3(t.gain), _3(t.error),
+                str(t.tensors["mask"]), str(t.tensors["as the base"]), str(t.tensors["verbatim"]),
+                str(t.tensors["absent"]),
             ))  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row in rows:
             cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
             lines.append("  ".join(cells).rstrip())
         for task in self.tasks:
-            for v in task.verbatim:
+            for v in task.verbatim[:_LISTED]:
                 lines.append(
                     f"verbatim: {task.name}, {v.name} {v.dtype} {list(v.shape)}, "
                     f"{_size(v.bytes)}: {v.reason}"
                 )
+            if len(task.verbatim) > _LISTED:
+                more = len(task.verbatim) - _LISTED
+                lines.append(f"verbatim: {task.name}, {more} more (see JSON)")
         return "\n".join(lines)
 
 
@@ -123,6 +133,8 @@ class Verification:
     tasks: int
     tensors: int
     planes: int
+    ignored: int
+    """Bytes behind the file's end, as an interrupted append leaves them; they mean nothing."""
     base_checked: bool
     """Whether a referenced base was given and is the right one; True where it is embedded."""
 
@@ -131,6 +143,8 @@ class Verification:
 
     def __str__(self) -> str:
         base = "" if self.base_checked else "; its base is only referenced and was not checked"
+        if self.ignored:
+            base += f"; {self.ignored} bytes behind its end are ignored"
         return (
             f"{self.path}: whole: {_size(self.bytes)}, {self.tasks} tasks, {self.tensors} tensors, "
             f"{self.planes} planes{base}"
@@ -218,6 +232,10 @@ def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
+
+
+def _3(x: float) -> str:
+    return "–" if math.isnan(x) else f"{x:.3f}"
 
 
 def _size(n: float) -> str:

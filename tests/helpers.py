@@ -1,9 +1,13 @@
 """What several test files share: states of NumPy arrays, compared, converted and written."""
 
+import os
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 
 from families import THRESHOLDS, family
+from tallcodec.checkpoint import DTYPES, dtype_name, torch_dtype
 from tallcodec.reference import hash64, records
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -96,3 +100,43 @@ def unseal(data):
     """(planes, index) of a new file."""
     offset = int.from_bytes(data[72:80], "little")
     return data[192:offset], data[offset:]
+
+
+def torch_bytes(tensor) -> bytes:
+    import torch
+
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def contents(checkpoint) -> dict:
+    return {n: (t.dtype, t.shape, t.read().tobytes()) for n, t in checkpoint.tensors.items()}
+
+
+def expected(state_dict) -> dict:
+    return {
+        name: (dtype_name(t.dtype), tuple(t.shape), torch_bytes(t))
+        for name, t in sorted(state_dict.items())
+    }
+
+
+def every_dtype():
+    """Every dtype, an empty and a 0-d tensor, odd sizes, and a name that is not ASCII."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    result = {
+        f"{name.lower()}.weight": torch.randint(0, 2, (3, 5, 8), generator=generator)
+        .to(torch.uint8)
+        .repeat_interleave(dtype.itemsize, dim=-1)
+        .view(torch_dtype(name))
+        for name, dtype in DTYPES.items()
+    }
+    result["counter"] = torch.tensor(16777217)
+    result["empty"] = torch.empty(0, 7)
+    result["scalar"] = torch.tensor(-0.0)
+    result["größe"] = torch.randn(131, generator=generator).to(torch.bfloat16)
+    return result
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))

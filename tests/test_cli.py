@@ -186,7 +186,8 @@ def test_referenced_base(capsys, folder):
     (["--task", "gone=gone.safetensors"], "gone.safetensors: no such file"),
     (["--base", "gone.safetensors"], "gone.safetensors: no such file"),
     (["-o", "gone/x.tall"], "gone/x.tall"),
-    (["-o", "dtd"], "dtd: exists"),
+    (["-o", "dtd"], "dtd: is an input"),
+    (["-o", "."], ".: exists"),
 ])  # fmt: skip
 def test_encode_refuses(capsys, folder, options, match):
     before = sorted(os.listdir())

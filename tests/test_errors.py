@@ -369,13 +369,51 @@ def test_output_is_a_folder(tmp_path):
             tallcodec.encode(W, {"a": W}, tmp_path, overwrite=overwrite)
 
 
-def test_an_input_may_be_replaced_by_the_output(tmp_path):
-    pytest.importorskip("torch")
-    from helpers import write_safetensors
+def test_an_input_is_not_replaced_by_the_output(checkpoints):
+    """Encoding loses something: what is replaced could not be had back."""
+    inputs = checkpoints / "base.safetensors", {"dtd": checkpoints / "dtd"}
+    for output in (inputs[0], checkpoints / "dtd", checkpoints / "dtd" / "model.safetensors"):
+        with pytest.raises(errors.ArgumentError, match="is an input"):
+            tallcodec.encode(*inputs, output, overwrite=True)
+    tall = checkpoints / "x.tall"
+    tallcodec.encode(*inputs, tall, base_storage="reference")
+    with tallcodec.open(tall, "np", inputs[0]) as file:
+        for output in (inputs[0], tall):
+            with pytest.raises(errors.ArgumentError, match="is an input"):
+                file.save("dtd", output, overwrite=True)
+    tallcodec.verify(tall, inputs[0])
 
-    path = write_safetensors(tmp_path / "w.safetensors", W)
-    tallcodec.encode(path, {"a": {"w": W["w"] + 1}}, path, overwrite=True)
-    tallcodec.verify(path)
+
+def test_checkpoints_that_cannot_belong_together(tmp_path, checkpoints):
+    with pytest.raises(errors.CheckpointError, match="none of its tensors is in the base"):
+        tallcodec.encode({"v": normal(3)}, {"a": {"w": normal(3)}}, tmp_path / "x.tall")
+    shard = checkpoints / "model-00001-of-00003.safetensors"
+    (checkpoints / "cars.safetensors").rename(shard)
+    with pytest.raises(errors.CheckpointError, match="one shard of 3.*pass the folder"):
+        tallcodec.encode(checkpoints / "base.safetensors", {"a": shard}, tmp_path / "x.tall")
+
+
+@pytest.mark.parametrize("name", ["-", "cars.safetensor", "a.onnx"])
+def test_outputs_of_unknown_kind(small_file, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with tallcodec.open(small_file, "np") as file:
+        with pytest.raises(errors.ArgumentError, match="end it with a slash"):
+            file.save("cars", name)
+        file.save("cars", name + "/")
+        file.save("cars", "Llama-3.1-8B")
+    assert os.path.isdir(name) and os.path.isdir("Llama-3.1-8B")
+
+
+def test_a_folder_that_is_not_there_is_named(small_file, tmp_path):
+    with tallcodec.open(small_file, "np") as file:
+        with pytest.raises(errors.WriteError, match="there is no folder .*gone: make it first"):
+            file.save("cars", tmp_path / "gone" / "x.safetensors")
+
+
+def test_verify_counts_what_it_ignores(small_file):
+    small_file.write_bytes(small_file.read_bytes() + b"junk")
+    found = tallcodec.verify(small_file)
+    assert found.ignored == 4 and "4 bytes behind its end are ignored" in str(found)
 
 
 def limited_in_size():
