@@ -1,19 +1,19 @@
-// The least a test program needs: CHECK, and a closing line with the counts.
+// The least a test program needs: check(), CHECK(), and the counts for a closing line.
 #pragma once
+#include <cstdarg>
 #include <cstdio>
 
-static int passed_checks = 0, failed_checks = 0;
+static int passed = 0, failed = 0;
 
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (condition) {                                                              \
-      ++passed_checks;                                                            \
-    } else if (++failed_checks <= 20) {                                           \
-      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-    }                                                                             \
-  } while (0)
-
-static int finish_checks() {
-  std::printf("%d passed, %d failed\n", passed_checks, failed_checks);
-  return failed_checks != 0;
+__attribute__((format(printf, 2, 3))) static inline void check(bool ok, const char* format, ...) {
+  ok ? ++passed : ++failed;
+  if (ok || failed > 20) return;
+  va_list arguments;
+  va_start(arguments, format);
+  std::printf("FAILED: ");
+  std::vprintf(format, arguments);
+  std::printf("\n");
+  va_end(arguments);
 }
+
+#define CHECK(condition) check(condition, "%s:%d: %s", __FILE__, __LINE__, #condition)

@@ -250,5 +250,6 @@ int main() {
     }
     damage(file, base);
   }
-  return finish_checks();
+  std::printf("files: %d passed, %d failed\n", passed, failed);
+  return failed != 0;
 }

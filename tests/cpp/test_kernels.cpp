@@ -4,13 +4,13 @@
 #include <unistd.h>
 
 #include <cmath>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "check.h"
 #include "float_environment.h"
 #include "kernels.h"
 #include "mask_math.h"
@@ -18,19 +18,6 @@
 using namespace tallcodec;
 
 namespace {
-
-int passed = 0, failed = 0;
-
-__attribute__((format(printf, 2, 3))) void check(bool ok, const char* format, ...) {
-  ok ? ++passed : ++failed;
-  if (ok || failed > 20) return;
-  va_list arguments;
-  va_start(arguments, format);
-  std::printf("FAILED: ");
-  std::vprintf(format, arguments);
-  std::printf("\n");
-  va_end(arguments);
-}
 
 struct Random {
   uint64_t state;
