@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "format.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -20,8 +21,6 @@ namespace py = pybind11;
 
 namespace tallcodec {
 namespace {
-
-constexpr uint64_t kUnit = 524288;  // elements per piece of work
 
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::F32;

@@ -94,17 +94,6 @@ INLINE void store(void* p, Floats v) {
   }
 }
 
-template <DType T>
-INLINE void stream(void* p, Floats v) {
-  alignas(64) char bytes[16 * size_of(T)];
-  store<T>(bytes, v);
-  for (uint32_t i = 0; i < sizeof bytes; i += 16) {
-    const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + i));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(p) + i), part);
-  }
-}
-INLINE void fence() { _mm_sfence(); }
-
 INLINE Doubles load_wide(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
 INLINE void store_wide(double* p, Doubles w) {
   _mm512_storeu_pd(p, w.lo);
