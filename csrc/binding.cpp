@@ -331,11 +331,8 @@ PYBIND11_MODULE(_core, m) {
       .def("find_task", [](const BufferFile& f, std::string_view name) { return f->find_task(name); })
       .def("find_tensor",
            [](const BufferFile& f, std::string_view name) { return f->find_tensor(name); })
-      .def("original",  // a tensor's own number, or that of what it is tied to
-           [](const BufferFile& f, uint32_t tensor) {
-             uint32_t alias = f.index().tensors[tensor].alias;
-             return alias == kNone ? tensor : alias;
-           })
+      .def("original",
+           [](const BufferFile& f, uint32_t tensor) { return f.index().original(tensor); })
       .def("name",
            [](const BufferFile& f, uint32_t tensor) {
              return string(f.index(), f.index().tensors[tensor].name);

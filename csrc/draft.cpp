@@ -53,16 +53,13 @@ uint32_t Draft::reserve(PlaneKind kind, PlaneCoding coding, uint64_t size, uint6
   planes.push_back(std::move(plane));
   return static_cast<uint32_t>(planes.size() - 1);
 }
+
 void Draft::put(uint32_t id, uint64_t position, const void* data, uint64_t size) {
   DraftPlane& plane = planes[id];
   auto bytes = static_cast<const uint8_t*>(data);
-  uint64_t whole = size / kSumBlock * kSumBlock;
   uint64_t* sum = &plane.sums[position / kSumBlock];
-  for (uint64_t at = 0; at < whole; at += kSumBlock) *sum++ = kernels->hash(bytes + at, kSumBlock);
-  if (whole < size) {
-    std::vector<uint8_t> end(align64(size - whole));
-    std::memcpy(end.data(), bytes + whole, size - whole);
-    *sum = kernels->hash(end.data(), end.size());
+  for (uint64_t at = 0; at < size; at += kSumBlock) {
+    *sum++ = hash_block(*kernels, bytes + at, std::min(kSumBlock, size - at));
   }
   if (plane.record.coding != PlaneCoding::External) {
     write(data, size, plane.record.offset + position);

@@ -134,8 +134,9 @@ void encode_unit(Draft& d, const DraftTensor& t, Progress& progress, uint64_t un
   const auto count = static_cast<uint32_t>(coded.size());
   const uint64_t first = unit * kUnit, n = std::min(kUnit, t.elements() - first);
   const uint32_t base_size = size_of(t.record.dtype), shared_size = size_of(t.shared_dtype);
-  // As many elements at a time as fill a checksum block of the base: the buffers of a few tasks then
-  // stay in cache from read to kernel. Scales per row look at a unit's values once more, so they keep it whole.
+  // As many elements at a time as fill a checksum block of the base: the buffers of a few tasks
+  // then stay in cache from read to kernel. Scales per row look at a unit's values once more, so
+  // they keep it whole.
   const uint64_t step = d.scale == ScaleMode::UnitGainRow ? kUnit : kSumBlock / base_size;
 
   buffers.shared.resize(kUnit * shared_size);

@@ -15,14 +15,9 @@ std::string name(const Index& index, uint32_t tensor) {
   return text("tensor '", index.text(index.tensors[tensor].name), "'");
 }
 
-uint32_t follow_alias(const Index& index, uint32_t tensor) {
-  uint32_t alias = index.tensors[tensor].alias;
-  return alias == kNone ? tensor : alias;
-}
-
 // The planes that decoding a tensor reads.
 std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tensor) {
-  tensor = follow_alias(index, tensor);
+  tensor = index.original(tensor);
   const TensorRecord& t = index.tensors[tensor];
   const EntryRecord* e = task == kNone ? nullptr : &index.entry(task, tensor);
   std::vector<uint32_t> planes;
@@ -55,7 +50,6 @@ struct PlaneBytes {
 // One tensor on its way out.
 struct Job {
   const Request* request;
-  uint32_t tensor;     // aliases followed
   Coding coding;       // as the base, mask or verbatim
   PlaneBytes copied;   // all but mask: what the tensor is
   PlaneBytes base, shared, shared_scales, mask, row_scales;
@@ -101,10 +95,10 @@ class Decoder {
   Job job(const Request& request) const {
     Job j{};
     j.request = &request;
-    j.tensor = follow_alias(index_, request.tensor);
-    const TensorRecord& t = index_.tensors[j.tensor];
+    const uint32_t tensor = index_.original(request.tensor);
+    const TensorRecord& t = index_.tensors[tensor];
     j.elements = index_.elements(t.dims, t.rank);
-    const EntryRecord* e = request.task == kNone ? nullptr : &index_.entry(request.task, j.tensor);
+    const EntryRecord* e = request.task == kNone ? nullptr : &index_.entry(request.task, tensor);
     j.coding = e ? e->coding : Coding::Base;
     switch (j.coding) {
       case Coding::Base:
@@ -176,11 +170,7 @@ class Decoder {
   // The checksum of block `block` of a plane whose bytes from that block's beginning are given.
   bool intact(const PlaneBytes& plane, uint64_t block, const uint8_t* bytes) const {
     uint64_t size = std::min(kSumBlock, plane.size() - block * kSumBlock);
-    uint64_t expected = index_.sums[plane.record->first_sum + block];
-    if (size % kAlign == 0) return kernels_.hash(bytes, size) == expected;
-    std::vector<uint8_t> padded(align64(size));
-    std::memcpy(padded.data(), bytes, size);
-    return kernels_.hash(padded.data(), padded.size()) == expected;
+    return hash_block(kernels_, bytes, size) == index_.sums[plane.record->first_sum + block];
   }
 
  private:
@@ -188,14 +178,14 @@ class Decoder {
     PlaneBytes plane = known_plane(id);
     if (plane.record->coding == PlaneCoding::External) {
       if (!request.base) {
-        throw Error(Status::BaseMismatch, text(file_.label(), " only references its base, and none was given: ",
-                                               "pass the base checkpoint it was encoded against (base=, --base)"));
+        throw Error(Status::BaseMismatch,
+                    text(file_.label(), " only references its base, and none was given: pass the ",
+                         "base checkpoint it was encoded against (base=, --base)"));
       }
       plane.source = request.base;
     }
     return plane;
   }
-
 
   const uint8_t* view(const PlaneBytes& plane, uint64_t at, uint64_t size,
                       std::vector<uint8_t>& buffer) const {
@@ -315,21 +305,23 @@ uint32_t File::find_tensor(std::string_view name) const {
 }
 
 bool File::has(uint32_t task, uint32_t tensor) const {
-  tensor = follow_alias(*index_, tensor);
+  tensor = index_->original(tensor);
   if (task == kNone) return index_->tensors[tensor].in_base;
   return index_->entry(task, tensor).coding != Coding::Absent;
 }
 
 TensorInfo File::info(uint32_t task, uint32_t tensor) const {
-  uint32_t target = follow_alias(*index_, tensor);
+  uint32_t target = index_->original(tensor);
   const TensorRecord& t = index_->tensors[target];
   DType dtype = t.dtype;
   uint32_t dims = t.dims;
   uint8_t rank = t.rank;
   if (!has(task, tensor)) {
+    std::string owner = task == kNone
+                            ? "the base"
+                            : text("task '", index_->text(index_->tasks[task].name), "'");
     throw Error(Status::TensorNotFound,
-                text(label_, ": ", task == kNone ? std::string("the base") : text("task '", index_->text(index_->tasks[task].name), "'"),
-                     " has no ", name(*index_, tensor)));
+                text(label_, ": ", owner, " has no ", name(*index_, tensor)));
   }
   if (task != kNone) {
     const EntryRecord& e = index_->entry(task, target);

@@ -156,6 +156,11 @@ struct Index {
     for (uint8_t i = 0; i < rank; ++i) n *= dims[first_dim + i];
     return n;
   }
+  // A tensor's own number, or that of the one it is tied to.
+  uint32_t original(uint32_t tensor) const {
+    uint32_t alias = tensors[tensor].alias;
+    return alias == kNone ? tensor : alias;
+  }
   uint64_t rows(const TensorRecord& t) const { return t.rank < 2 ? 1 : dims[t.dims]; }
 };
 
@@ -166,6 +171,8 @@ Slot read_header(const std::string& label, const void* data, uint64_t size, uint
 Index read_index(const std::string& label, const void* data, uint64_t size, const Slot& slot);
 
 // writer.cpp
+// The sum of a plane's block of `size` bytes, at most kSumBlock, with its padding if it has none yet.
+uint64_t hash_block(const Kernels& kernels, const uint8_t* bytes, uint64_t size);
 uint64_t hash_slot(const Header& header, const Slot& slot);
 std::string write_index(Index& index);  // fills in the header's counts
 Header write_header(uint64_t index_offset, std::string_view index, uint64_t file_size);

@@ -203,7 +203,8 @@ class Validator {
         require(p.size == p.raw_size, "plane ", i, " is raw but its size and raw size differ");
       }
       if (p.coding == PlaneCoding::Zstd) {
-        require(p.kind == PlaneKind::Verbatim || p.kind == PlaneKind::File || !is_known(p.kind), "plane ", i,
+        require(p.kind == PlaneKind::Verbatim || p.kind == PlaneKind::File || !is_known(p.kind),
+                "plane ", i,
                 " is a zstd frame but neither verbatim nor a file");
         require(p.raw_size <= multiply(p.size, kMaxZstdRatio), "plane ", i,
                 " claims more bytes than a zstd frame of its size can hold");

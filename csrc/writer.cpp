@@ -45,11 +45,18 @@ std::string write_index(Index& index) {
   return out;
 }
 
+uint64_t hash_block(const Kernels& kernels, const uint8_t* bytes, uint64_t size) {
+  if (size % kAlign == 0) return kernels.hash(bytes, size);
+  std::vector<uint8_t> padded(align64(size));
+  std::memcpy(padded.data(), bytes, size);
+  return kernels.hash(padded.data(), padded.size());
+}
+
 uint64_t hash_slot(const Header& header, const Slot& slot) {
   uint8_t bytes[128] = {};
   std::memcpy(bytes, &header, 64);
   std::memcpy(bytes + 64, &slot, offsetof(Slot, slot_hash));
-  // 120 bytes count; the hash extends what is shorter than 256 with zeros, so the last 8 may be among them.
+  // 120 bytes count; the hash extends them with zeros, so the last 8 may be among these.
   return find_kernels("scalar")->hash(bytes, sizeof bytes);
 }
 

@@ -567,8 +567,10 @@ def refuse_input_as_output(output: str | os.PathLike, inputs: Iterable[Any]) -> 
 
     Replacing it would lose it: what is encoded cannot be decoded without loss.
     """
+    if not os.path.exists(output):
+        return
     for source in inputs:
-        if not isinstance(source, (str, os.PathLike)) or not os.path.exists(output):
+        if not isinstance(source, (str, os.PathLike)):
             continue
         files = [source]
         if os.path.isdir(source):

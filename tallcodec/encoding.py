@@ -82,9 +82,10 @@ def encode(
         )
         for name, value in thresholds.items():
             encoder.add_task(name, value)
-        _plan(encoder, base_checkpoint, checkpoints, numbers.SHARED_DTYPES[shared_dtype])
+        names = _names(base_checkpoint, checkpoints)
+        _plan(encoder, names, base_checkpoint, checkpoints, numbers.SHARED_DTYPES[shared_dtype])
         encoder.run(threads)
-        _append_verbatim(encoder, base_checkpoint, checkpoints)
+        _append_verbatim(encoder, names, checkpoints)
         _add_side_data(encoder, base_checkpoint, checkpoints, metadata)
         encoder.finish()
         # What a reader would refuse is not to appear under the name.
@@ -144,7 +145,11 @@ def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _plan(
-    encoder: _core.Encoder, base: Checkpoint, tasks: list[Checkpoint], shared_dtype: str | None
+    encoder: _core.Encoder,
+    names: list[str],
+    base: Checkpoint,
+    tasks: list[Checkpoint],
+    shared_dtype: str | None,
 ) -> None:
     """Tell the encoder every tensor, and what each task's becomes."""
     for checkpoint in (base, *tasks):
@@ -154,7 +159,6 @@ def _plan(
             raise CheckpointError(
                 f"{task.label}: none of its tensors is in the base {base.label}: is that its base?"
             )
-    names = _names(base, tasks)
     aliases = _aliases(base, tasks)
     number = {name: i for i, name in enumerate(names)}
     for name in names:
@@ -250,9 +254,8 @@ def _aliases(base: Checkpoint, tasks: list[Checkpoint]) -> dict[str, str]:
 
 
 def _append_verbatim(
-    encoder: _core.Encoder, base: Checkpoint, tasks: list[Checkpoint]
+    encoder: _core.Encoder, names: list[str], tasks: list[Checkpoint]
 ) -> None:
-    names = _names(base, tasks)
     for task, tensor in encoder.verbatim():
         raw = tasks[task].tensors[names[tensor]].read().data
         zstd, stored = _compress(raw)
