@@ -212,17 +212,51 @@ py::list metadata(const BufferFile& f) {
   return out;
 }
 
-void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool verify,
-            py::object inflate) {
+// From tuples of task, tensor, address and base.
+std::vector<Request> requests_of(const py::list& wanted) {
   std::vector<Request> requests;
   for (const py::handle& item : wanted) {
     auto t = item.cast<py::tuple>();
     requests.push_back({t[0].cast<uint32_t>(), t[1].cast<uint32_t>(),
                         reinterpret_cast<void*>(t[2].cast<uintptr_t>()), source(t[3])});
   }
+  return requests;
+}
+
+void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool verify,
+            py::object inflate) {
+  const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, verify, std::move(inflate));
   py::gil_scoped_release release;
   f->decode(requests, o);
+}
+
+void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, float scale,
+           unsigned threads, bool verify) {
+  const std::vector<Request> requests = requests_of(wanted);
+  Options o = options(threads, verify, py::none());
+  py::gil_scoped_release release;
+  f->merge(requests, {min_tasks, scale}, o);
+}
+
+py::list count_masks(const BufferFile& f, const std::vector<uint32_t>& tensors, unsigned threads,
+                     bool verify) {
+  Options o = options(threads, verify, py::none());
+  std::vector<MaskCounts> counts;
+  {
+    py::gil_scoped_release release;
+    counts = f->count_masks(tensors, o);
+  }
+  py::list out;
+  for (const MaskCounts& c : counts) {
+    py::dict d;
+    d["tasks"] = c.tasks;
+    d["zeros"] = c.zeros;
+    d["agreement"] = c.agreement;
+    d["overlap"] = c.overlap;
+    out.append(d);
+  }
+  return out;
 }
 
 py::bytes read_plane(const BufferFile& f, uint32_t plane, py::object inflate) {
@@ -269,10 +303,15 @@ PYBIND11_MODULE(_core, m) {
   });
 
   py::class_<Encoder>(m, "Encoder")
-      .def(py::init([](int fd, std::string label, std::string writer, int scale, int storage) {
-        return new Encoder(fd, std::move(label), std::move(writer), ScaleMode(scale),
-                           BaseStorage(storage));
-      }))
+      .def(py::init([](int fd, std::string label, std::string writer, int merge, int method,
+                       double density, int scale, int storage, uint32_t trials) {
+             const Recipe recipe{Merge(merge),     Method(method),       density,
+                                 ScaleMode(scale), BaseStorage(storage), trials};
+             return new Encoder(fd, std::move(label), std::move(writer), recipe);
+           }),
+           py::arg("fd"), py::arg("label"), py::arg("writer"), py::kw_only(), py::arg("merge"),
+           py::arg("method"), py::arg("density"), py::arg("scale"), py::arg("base_storage"),
+           py::arg("trials") = 1)
       .def("add_task", &Encoder::add_task)
       .def("add_tensor",
            [](Encoder& e, std::string name, bool in_base, int dtype, std::vector<uint64_t> shape,
@@ -360,6 +399,9 @@ PYBIND11_MODULE(_core, m) {
                             uint32_t tensor) { return f->needs_base(task, tensor); })
       .def("decode", decode, py::arg("requests"), py::arg("threads"), py::arg("verify"),
            py::arg("inflate"))
+      .def("merge", merge, py::arg("requests"), py::arg("min_tasks"), py::arg("scale"),
+           py::arg("threads"), py::arg("verify"))
+      .def("count_masks", count_masks, py::arg("tensors"), py::arg("threads"), py::arg("verify"))
       .def("read_plane", read_plane)
       .def("verify", verify)
       .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); });

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -271,6 +272,111 @@ uint64_t hash(const py::buffer& data, const py::object& kernels_name, unsigned r
   return result;
 }
 
+// Packed masks of n elements each.
+struct Masks {
+  uint64_t n;
+  std::vector<const uint8_t*> planes;
+
+  Masks(const std::vector<py::array>& arrays, uint64_t n) : n(n) {
+    for (const py::array& array : arrays) planes.push_back(memory(array, (n + 7) / 8));
+  }
+
+  // Runs body(block, unit) for every unit of the masks.
+  template <typename Body>
+  void for_each_block(unsigned threads, Body body) const {
+    for_each_unit(n, threads, [&](uint64_t unit, uint64_t first, uint64_t size) {
+      std::vector<const uint8_t*> here;
+      for (const uint8_t* plane : planes) here.push_back(plane + first / 8);
+      body(MaskBlock{size, uint32_t(here.size()), here.data()}, unit);
+    });
+  }
+
+  // The sums of `size` numbers that `kernel` adds to.
+  template <typename Kernel>
+  std::vector<uint64_t> total(uint64_t size, unsigned threads, Kernel kernel) const {
+    std::vector<std::vector<uint64_t>> parts(units_of(n), std::vector<uint64_t>(size));
+    for_each_block(threads, [&](const MaskBlock& b, uint64_t unit) { kernel(b, parts[unit].data()); });
+    std::vector<uint64_t> sums(size);
+    for (const auto& part : parts) {
+      for (uint64_t i = 0; i < size; ++i) sums[i] += part[i];
+    }
+    return sums;
+  }
+};
+
+std::vector<uint64_t> agreement(const std::vector<py::array>& arrays, uint64_t n,
+                                const py::object& kernels_name, unsigned threads) {
+  const Kernels& kernels = kernels_of(kernels_name);
+  const Masks masks(arrays, n);
+  py::gil_scoped_release nogil;
+  return masks.total(arrays.size() + 1, threads, kernels.agreement);
+}
+
+py::array consensus(const std::vector<py::array>& arrays, uint64_t n, uint32_t least,
+                    const py::object& kernels_name) {
+  if (least == 0) throw py::value_error("least must not be 0");
+  const Kernels& kernels = kernels_of(kernels_name);
+  const Masks masks(arrays, n);
+  py::array result = bytes_array((n + 7) / 8);
+  uint8_t* const out = writable(result, (n + 7) / 8);
+  py::gil_scoped_release nogil;
+  masks.for_each_block(1, [&](const MaskBlock& b, uint64_t unit) {
+    kernels.consensus(b, least, out + unit * (kUnit / 8));
+  });
+  return result;
+}
+
+// pairs[x * masks + y] for x <= y.
+std::vector<uint64_t> overlap(const std::vector<py::array>& arrays, uint64_t n,
+                              const py::object& kernels_name) {
+  const Kernels& kernels = kernels_of(kernels_name);
+  const Masks masks(arrays, n);
+  py::gil_scoped_release nogil;
+  return masks.total(arrays.size() * arrays.size(), 1, kernels.overlap);
+}
+
+uint64_t zeros(const py::array& shared, const std::string& dtype, const py::object& scale_array,
+               const py::object& kernels_name) {
+  const Kernels& kernels = kernels_of(kernels_name);
+  const DType type = dtype_of(dtype);
+  const uint64_t n = uint64_t(shared.nbytes()) / size_of(type);
+  const float* scales = nullptr;
+  if (type == DType::I8) {
+    const uint64_t blocks = (n + kScaleBlock - 1) / kScaleBlock;
+    scales = reinterpret_cast<const float*>(memory(scale_array.cast<py::array>(), blocks * 4));
+  }
+  const uint8_t* const from = memory(shared, n * size_of(type));
+  py::gil_scoped_release nogil;
+  return kernels.zeros(from, type, scales, n);
+}
+
+// Reads every byte and does next to nothing with it: the yardstick of what only reads.
+uint64_t read_all(const std::vector<py::array>& arrays, unsigned threads) {
+  typedef uint64_t Part __attribute__((vector_size(16)));
+  constexpr uint64_t step = 4 * sizeof(Part);
+  std::atomic<uint64_t> result{0};
+  std::vector<std::pair<const uint8_t*, uint64_t>> parts;
+  for (const py::array& array : arrays) {
+    parts.emplace_back(memory(array, uint64_t(array.nbytes())), array.nbytes());
+  }
+  py::gil_scoped_release nogil;
+  for (const auto& [from, size] : parts) {
+    for_each_unit(size * 8, threads, [&, from = from](uint64_t, uint64_t first, uint64_t bits) {
+      Part sum[4] = {};
+      const uint8_t* p = from + first / 8;
+      const uint8_t* const end = p + bits / 8 / step * step;
+      for (; p != end; p += step) {
+        Part value[4];
+        memcpy(value, p, step);
+        for (int i = 0; i < 4; ++i) sum[i] ^= value[i];
+      }
+      const Part all = sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+      result ^= all[0] ^ all[1];
+    });
+  }
+  return result;
+}
+
 // Stores past the cache, as a copy of more than the cache should; the ends are left to memcpy.
 void stream(uint8_t* to, const uint8_t* from, size_t size) {
 #if defined(__SSE2__)
@@ -327,5 +433,13 @@ void bind_kernels(py::module_& m) {
         arg("shared_dtype"), arg("task_dtype"), py::kw_only(), arg("scales") = py::none(),
         arg("phase") = 0, arg("kernels") = py::none());
   k.def("hash", &hash, arg("data"), py::kw_only(), arg("kernels") = py::none(), arg("repeat") = 1);
+  k.def("agreement", &agreement, arg("masks"), arg("n"), py::kw_only(),
+        arg("kernels") = py::none(), arg("threads") = 1);
+  k.def("consensus", &consensus, arg("masks"), arg("n"), arg("least"), py::kw_only(),
+        arg("kernels") = py::none());
+  k.def("overlap", &overlap, arg("masks"), arg("n"), py::kw_only(), arg("kernels") = py::none());
+  k.def("zeros", &zeros, arg("shared"), arg("dtype"), py::kw_only(), arg("scales") = py::none(),
+        arg("kernels") = py::none());
+  k.def("read", &read_all, arg("arrays"), py::kw_only(), arg("threads") = 1);
   k.def("copy", &copy, arg("to"), arg("source"), py::kw_only(), arg("threads") = 1);
 }

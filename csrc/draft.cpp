@@ -12,7 +12,7 @@
 namespace tallcodec {
 
 void Draft::place() {
-  bool embed = storage == BaseStorage::Embedded;
+  bool embed = recipe.storage == BaseStorage::Embedded;
   for (DraftTensor& t : tensors) {
     uint64_t size = t.elements() * size_of(t.record.dtype);
     if (!t.record.in_base || t.record.alias != kNone || !size) continue;
@@ -34,7 +34,7 @@ void Draft::place() {
       EntryRecord& e = t.entries[k].record;
       if (e.coding != Coding::Mask) continue;
       e.plane = reserve(PlaneKind::Mask, (t.elements() + 7) / 8);
-      if (scale == ScaleMode::UnitGainRow) e.scales_plane = reserve(PlaneKind::Scales, t.rows() * 4);
+      if (recipe.scale == ScaleMode::UnitGainRow) e.scales_plane = reserve(PlaneKind::Scales, t.rows() * 4);
     }
   }
 }
@@ -76,6 +76,26 @@ uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view byte
 void Draft::drop(uint32_t& plane) {
   if (plane != kNone) planes[plane].dropped = true;
   plane = kNone;
+}
+
+bool Draft::leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uint8_t>& nonfinite) {
+  bool any = false;
+  const std::vector<uint32_t> coded = t.coded();
+  for (size_t k = 0; k < coded.size(); ++k) {
+    if (!base_nonfinite && !nonfinite[k]) continue;
+    EntryRecord& e = t.entries[coded[k]].record;
+    e.coding = Coding::Verbatim;
+    e.reason = base_nonfinite ? Reason::NonfiniteBase : Reason::NonfiniteTask;
+    drop(e.plane);
+    drop(e.scales_plane);
+    any = true;
+  }
+  if (t.coded().empty()) {
+    t.record.shared_dtype = DType{};
+    drop(t.record.shared_plane);
+    drop(t.record.shared_scales_plane);
+  }
+  return any;
 }
 
 // Dropped planes hold what was found to be of no use: the same file must come out for the same input.
@@ -140,9 +160,9 @@ uint64_t Draft::finish() {
   }
 
   index.header.writer = string(writer);
-  index.header.base_storage = storage;
-  index.header.merge = Merge::TaskArithmetic;
-  index.header.scale = scale;
+  index.header.base_storage = recipe.storage;
+  index.header.merge = recipe.merge;
+  index.header.scale = recipe.scale;
   for (const DraftTensor& t : tensors) {
     TensorRecord r = t.record;
     r.name = string(t.name);
@@ -159,7 +179,7 @@ uint64_t Draft::finish() {
     TaskRecord r{};
     r.name = string(name);
     r.threshold = threshold;
-    r.method = Method::Tall;
+    r.method = recipe.method;
     index.tasks.push_back(r);
   }
   for (uint32_t k = 0; k < tasks.size(); ++k) {
@@ -205,6 +225,38 @@ uint64_t Draft::finish() {
   write(bytes.data(), bytes.size(), end);
   write(&header, sizeof header, 0);
   return file_size;
+}
+
+std::string who(const Draft& d, const DraftTensor& t, uint32_t task) {
+  return task == kNone ? text("base, tensor '", t.name, "'")
+                       : text("task '", d.tasks[task].first, "', tensor '", t.name, "'");
+}
+
+void Values::open(const Draft& draft, const DraftTensor& tensor) {
+  draft_ = &draft;
+  tensor_ = &tensor;
+  tasks_ = tensor.coded();
+  tasks_.resize(tasks_.size() / draft.recipe.trials);
+  task.resize(tasks_.size());
+  dtype.clear();
+  for (uint32_t k : tasks_) dtype.push_back(tensor.entries[k].record.dtype);
+  task_buffer_.resize(std::max(task_buffer_.size(), tasks_.size()));
+}
+
+void Values::read(uint64_t first, uint64_t n) {
+  uint32_t reading = kNone;
+  auto view = [&](const Source& source, DType type, std::vector<uint8_t>& buffer) {
+    return source.view(first * size_of(type), n * size_of(type), buffer);
+  };
+  try {
+    base = view(tensor_->base, tensor_->record.dtype, base_buffer_);
+    for (size_t k = 0; k < tasks_.size(); ++k) {
+      reading = tasks_[k];
+      task[k] = view(tensor_->entries[reading].source, dtype[k], task_buffer_[k]);
+    }
+  } catch (const Error& e) {
+    throw Error(e.status, text(who(*draft_, *tensor_, reading), ": ", e.message), e.system_error);
+  }
 }
 
 }  // namespace tallcodec

@@ -6,8 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "format.h"
-#include "kernels.h"
+#include "encode.h"
 
 namespace tallcodec {
 
@@ -16,6 +15,8 @@ struct DraftPlane {
   std::vector<uint64_t> sums;
   bool dropped = false;
 };
+
+struct Draft;
 
 struct DraftEntry {
   EntryRecord record{};
@@ -36,6 +37,7 @@ struct DraftTensor {
     return std::accumulate(shape.begin(), shape.end(), uint64_t{1}, std::multiplies<>());
   }
   uint64_t rows() const { return shape.size() < 2 ? 1 : shape[0]; }
+  // The tasks that are coded against the shared vector, of all trials.
   std::vector<uint32_t> coded() const {
     std::vector<uint32_t> tasks;
     for (uint32_t k = 0; k < entries.size(); ++k) {
@@ -55,8 +57,7 @@ struct Draft {
   int fd = -1;
   std::string label;
   std::string writer;
-  ScaleMode scale{};
-  BaseStorage storage{};
+  Recipe recipe;
   std::vector<std::pair<std::string, float>> tasks;  // name, threshold
   std::vector<DraftTensor> tensors;
   std::vector<DraftPlane> planes;
@@ -77,6 +78,9 @@ struct Draft {
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
   // What was reserved for the plane becomes a free range; its name becomes kNone.
   void drop(uint32_t& plane);
+  // Tasks with NaN or infinity (flags, one per coded task) become verbatim in the tensor, all of
+  // them where the base has one. Gives whether any did.
+  bool leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uint8_t>& nonfinite);
   // Writes the index and, last of all, the header; gives the file's size.
   uint64_t finish();
 
@@ -84,5 +88,28 @@ struct Draft {
   void write(const void* data, uint64_t size, uint64_t offset) const;
   void clear(uint64_t offset, uint64_t size) const;
 };
+
+// The values of a tensor's base and of its coded tasks (of the first trial), a stretch at a time. To be
+// reused: it keeps its buffers.
+class Values {
+ public:
+  void open(const Draft& draft, const DraftTensor& tensor);
+  // Elements first .. first + n; what was read before is gone.
+  void read(uint64_t first, uint64_t n);
+
+  const void* base = nullptr;
+  std::vector<const void*> task;
+  std::vector<DType> dtype;
+
+ private:
+  const Draft* draft_ = nullptr;
+  const DraftTensor* tensor_ = nullptr;
+  std::vector<uint32_t> tasks_;
+  std::vector<uint8_t> base_buffer_;
+  std::vector<std::vector<uint8_t>> task_buffer_;
+};
+
+// How messages name a tensor of a task, or of the base.
+std::string who(const Draft& d, const DraftTensor& t, uint32_t task = kNone);
 
 }  // namespace tallcodec

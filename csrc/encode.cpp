@@ -7,7 +7,9 @@
 
 #include "draft.h"
 #include "float_environment.h"
+#include "merge.h"
 #include "parallel.h"
+#include "survey.h"
 #include "text.h"
 
 namespace tallcodec {
@@ -75,16 +77,12 @@ struct Progress {
   bool base_nonfinite = false;
 };
 
-// How messages name a tensor of a task, or of the base.
-std::string who(const Draft& d, const DraftTensor& t, uint32_t task = kNone) {
-  return task == kNone ? text("base, tensor '", t.name, "'")
-                       : text("task '", d.tasks[task].first, "', tensor '", t.name, "'");
-}
-
 // What a thread keeps from unit to unit.
 struct Buffers {
-  std::vector<uint8_t> base, shared;
-  std::vector<std::vector<uint8_t>> task, mask;
+  Values values;
+  std::vector<uint8_t> copied, shared;
+  std::vector<std::vector<uint8_t>> mask;
+  std::vector<float> merged;
 };
 
 void copy_base(Draft& d, const DraftTensor& t, uint64_t chunk, std::vector<uint8_t>& buffer) {
@@ -102,7 +100,7 @@ void copy_base(Draft& d, const DraftTensor& t, uint64_t chunk, std::vector<uint8
 // The moments of the parts of rows within a unit that was encoded in one block.
 std::vector<Moments> row_segments(const Kernels& kernels, const Progress& progress,
                                   uint64_t first, const EncodeBlock& unit, uint32_t k,
-                                  const Buffers& buffers) {
+                                  const std::vector<uint8_t>& mask) {
   std::vector<Moments> segments;
   const auto at_element = [](const void* p, DType type, uint64_t i) {
     return static_cast<const uint8_t*>(p) + i * size_of(type);
@@ -118,7 +116,7 @@ std::vector<Moments> row_segments(const Kernels& kernels, const Progress& progre
     part.shared = at_element(unit.shared, unit.shared_dtype, at);
     part.shared_dtype = unit.shared_dtype;
     if (unit.shared_scales) part.shared_scales = unit.shared_scales + aligned / kScaleBlock;
-    part.mask = buffers.mask[k].data() + aligned / 8;
+    part.mask = mask.data() + aligned / 8;
     part.scale = 1;
     Sums sums{};
     kernels.sums(part, at_element(unit.task[k], unit.task_dtype[k], at), unit.task_dtype[k], sums);
@@ -128,64 +126,86 @@ std::vector<Moments> row_segments(const Kernels& kernels, const Progress& progre
   return segments;
 }
 
-void encode_unit(Draft& d, const DraftTensor& t, Progress& progress, uint64_t unit,
-                 Buffers& buffers) {
+// The tasks that a mean over all is a mean of: those that have the tensor in arithmetic.
+uint32_t averaged(const Draft& d, const DraftTensor& t) {
+  const size_t tasks = t.entries.size() / d.recipe.trials;
+  return static_cast<uint32_t>(
+      std::count_if(t.entries.begin(), t.entries.begin() + tasks, [](const DraftEntry& e) {
+        return e.record.coding == Coding::Base || e.record.coding == Coding::Mask;
+      }));
+}
+
+void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress& progress,
+                 uint64_t unit, Buffers& buffers) {
   const auto& coded = progress.tasks;
-  const auto count = static_cast<uint32_t>(coded.size());
+  const auto count = static_cast<uint32_t>(coded.size());  // of all trials
+  const uint32_t in_trial = count / d.recipe.trials;
   const uint64_t first = unit * kUnit, n = std::min(kUnit, t.elements() - first);
   const uint32_t base_size = size_of(t.record.dtype), shared_size = size_of(t.shared_dtype);
+  const bool per_row = d.recipe.scale == ScaleMode::UnitGainRow;
   // As many elements at a time as fill a checksum block of the base: the buffers of a few tasks
   // then stay in cache from read to kernel. Scales per row look at a unit's values once more, so
   // they keep it whole.
-  const uint64_t step = d.scale == ScaleMode::UnitGainRow ? kUnit : kSumBlock / base_size;
+  const uint64_t step = per_row ? kUnit : kSumBlock / base_size;
 
   buffers.shared.resize(kUnit * shared_size);
-  buffers.task.resize(std::max<size_t>(buffers.task.size(), count));
   buffers.mask.resize(std::max<size_t>(buffers.mask.size(), count));
+  buffers.values.open(d, t);
+  const Values& values = buffers.values;
 
-  std::vector<const void*> values(count);
-  std::vector<DType> dtypes(count);
-  std::vector<float> thresholds(count);
+  std::vector<float> thresholds(count), cuts;
   std::vector<uint8_t*> masks(count);
   std::vector<TaskStats> stats(count);
   std::vector<uint64_t> agreement(count + 1);
   for (uint32_t k = 0; k < count; ++k) {
-    dtypes[k] = t.entries[coded[k]].record.dtype;
     thresholds[k] = d.tasks[coded[k]].second;
+    if (!survey.cut.empty()) cuts.push_back(survey.cut[coded[k] % survey.cut.size()]);
     buffers.mask[k].resize(kUnit / 8);
   }
+  if (d.recipe.method == Method::Magnitude) {
+    // The kernels ask for more than the threshold, and the cut itself is kept.
+    for (uint32_t k = 0; k < count; ++k) thresholds[k] = std::nextafter(cuts[k], -1.0f);
+  }
+
+  MergeBlock merging{};
+  merging.base_dtype = t.record.dtype;
+  merging.tasks = in_trial;
+  merging.task = values.task.data();
+  merging.task_dtype = values.dtype.data();
+  merging.rule = d.recipe.merge;
+  merging.averaged = averaged(d, t);
+  merging.cut = cuts.data();
+  merging.majority = survey.majority;
 
   EncodeBlock block{};
-  block.tasks = count;
+  block.tasks = in_trial;
   block.base_dtype = t.record.dtype;
-  block.task = values.data();
-  block.task_dtype = dtypes.data();
-  block.threshold = thresholds.data();
+  block.task = values.task.data();
+  block.task_dtype = values.dtype.data();
   block.shared_dtype = t.shared_dtype;
-  block.mask = masks.data();
-  block.stats = stats.data();
+  block.by_magnitude = d.recipe.method == Method::Magnitude;
   block.agreement = agreement.data();
 
   for (uint64_t at = 0; at < n; at += step) {
-    block.n = std::min(step, n - at);
-    uint32_t reading = kNone;
-    try {
-      block.base = t.base.view((first + at) * base_size, block.n * base_size, buffers.base);
-      for (uint32_t k = 0; k < count; ++k) {
-        reading = coded[k];
-        uint32_t size = size_of(dtypes[k]);
-        values[k] = t.entries[reading].source.view((first + at) * size, block.n * size,
-                                                   buffers.task[k]);
-      }
-    } catch (const Error& e) {
-      throw Error(e.status, text(who(d, t, reading), ": ", e.message), e.system_error);
-    }
-    for (uint32_t k = 0; k < count; ++k) masks[k] = buffers.mask[k].data() + at / 8;
+    block.n = merging.n = std::min(step, n - at);
+    buffers.values.read(first + at, block.n);
+    block.base = merging.base = values.base;
     block.shared = buffers.shared.data() + at * shared_size;
     if (t.shared_dtype == DType::I8) {
       block.shared_scales = progress.shared_scales.data() + (first + at) / kScaleBlock;
     }
-    d.kernels->encode(block);
+    if (merging.rule != Merge::TaskArithmetic) {
+      buffers.merged.resize(std::max<size_t>(buffers.merged.size(), block.n));
+      merge(merging, buffers.merged.data());
+      block.merged = buffers.merged.data();
+    }
+    for (uint32_t k = 0; k < count; ++k) masks[k] = buffers.mask[k].data() + at / 8;
+    for (uint32_t k = 0; k < count; k += in_trial) {
+      block.threshold = &thresholds[k];
+      block.mask = &masks[k];
+      block.stats = &stats[k];
+      d.kernels->encode(block);
+    }
     d.put(t.record.base_plane, (first + at) * base_size, block.base, block.n * base_size);
   }
   d.put(t.record.shared_plane, first * shared_size, buffers.shared.data(), n * shared_size);
@@ -195,8 +215,8 @@ void encode_unit(Draft& d, const DraftTensor& t, Progress& progress, uint64_t un
 
   for (uint32_t k = 0; k < count; ++k) {
     auto& segments = progress.segments[k * progress.units + unit];
-    if (d.scale == ScaleMode::UnitGainRow) {
-      segments = row_segments(*d.kernels, progress, first, block, k, buffers);
+    if (per_row) {
+      segments = row_segments(*d.kernels, progress, first, block, k % in_trial, buffers.mask[k]);
     } else {
       segments = {moments(stats[k].sums)};
     }
@@ -214,23 +234,9 @@ void encode_unit(Draft& d, const DraftTensor& t, Progress& progress, uint64_t un
 // Fills in a coded tensor's entries once all its units are done. True: NaN or infinity turned up in
 // some task, which is verbatim now, and the others are to be encoded again without it.
 bool settle(Draft& d, DraftTensor& t, Progress& progress) {
-  bool again = false;
-  for (size_t k = 0; k < progress.tasks.size(); ++k) {
-    if (!progress.base_nonfinite && !progress.nonfinite[k]) continue;
-    EntryRecord& e = t.entries[progress.tasks[k]].record;
-    e.coding = Coding::Verbatim;
-    e.reason = progress.base_nonfinite ? Reason::NonfiniteBase : Reason::NonfiniteTask;
-    d.drop(e.plane);
-    d.drop(e.scales_plane);
-    again = true;
-  }
-  if (t.coded().empty()) {
-    t.record.shared_dtype = DType{};
-    d.drop(t.record.shared_plane);
-    d.drop(t.record.shared_scales_plane);
-    return false;
-  }
-  if (again) return true;
+  const bool left_out = d.leave_out(t, progress.base_nonfinite, progress.nonfinite);
+  if (t.coded().empty()) return false;
+  if (left_out) return true;
 
   for (size_t k = 0; k < progress.tasks.size(); ++k) {
     std::vector<Moments> rows(progress.rows);
@@ -245,7 +251,7 @@ bool settle(Draft& d, DraftTensor& t, Progress& progress) {
     std::vector<float> scales;
     Moments total;
     for (const Moments& row : rows) {
-      scales.push_back(d.scale == ScaleMode::None ? 1.0f : unit_gain(row));
+      scales.push_back(d.recipe.scale == ScaleMode::None ? 1.0f : unit_gain(row));
       total.add(scaled(row, scales.back()));
     }
     EntryRecord& e = t.entries[progress.tasks[k]].record;
@@ -270,14 +276,12 @@ bool settle(Draft& d, DraftTensor& t, Progress& progress) {
 
 }  // namespace
 
-Encoder::Encoder(int fd, std::string label, std::string writer, ScaleMode scale,
-                 BaseStorage storage)
+Encoder::Encoder(int fd, std::string label, std::string writer, const Recipe& recipe)
     : draft_(std::make_unique<Draft>()) {
   draft_->fd = fd;
   draft_->label = std::move(label);
   draft_->writer = std::move(writer);
-  draft_->scale = scale;
-  draft_->storage = storage;
+  draft_->recipe = recipe;
 }
 Encoder::~Encoder() = default;
 
@@ -326,6 +330,10 @@ void Encoder::run(const Options& options) {
   FloatEnvironment environment;  // statistics and scales round as the kernels do
   d.kernels = options.kernels ? options.kernels : &require_kernels();
   d.place();
+  const Survey found = survey(d, options);
+  if (d.recipe.method == Method::Magnitude) {
+    for (size_t k = 0; k < d.tasks.size(); ++k) d.tasks[k].second = found.cut[k];
+  }
 
   struct Item {
     uint32_t tensor;
@@ -347,7 +355,7 @@ void Encoder::run(const Options& options) {
   }
   for (;;) {
     for (uint32_t i : coded) {
-      progress[i] = std::make_unique<Progress>(d.tensors[i], d.scale == ScaleMode::UnitGainRow);
+      progress[i] = std::make_unique<Progress>(d.tensors[i], d.recipe.scale == ScaleMode::UnitGainRow);
       for (uint64_t u = 0; u < progress[i]->units; ++u) items.push_back({i, u});
     }
     parallel_for(items.size(), options.threads, options.poll, [&](uint64_t item, unsigned worker) {
@@ -355,9 +363,9 @@ void Encoder::run(const Options& options) {
       auto [tensor, part] = items[item];
       const DraftTensor& t = d.tensors[tensor];
       if (progress[tensor]) {
-        encode_unit(d, t, *progress[tensor], part, buffers[worker]);
+        encode_unit(d, t, found, *progress[tensor], part, buffers[worker]);
       } else {
-        copy_base(d, t, part, buffers[worker].base);
+        copy_base(d, t, part, buffers[worker].copied);
       }
     });
     items.clear();

@@ -11,12 +11,24 @@ namespace tallcodec {
 
 struct Draft;
 
+// How a file is made.
+struct Recipe {
+  Merge merge = Merge::TaskArithmetic;
+  Method method = Method::Tall;
+  double density = 0;  // Ties, Magnitude: the share of every task vector that is kept
+  ScaleMode scale = ScaleMode::None;
+  BaseStorage storage = BaseStorage::Embedded;
+  // The tasks are this many times the same ones with other thresholds: all of them, all of them again,
+  // and so on. They are read, and merged, once.
+  uint32_t trials = 1;
+};
+
 // Writes one file. Calls in this order: add_task and add_tensor, set_entry, run, append_*, finish.
 // Throws Error; what was written to the file by then is to be thrown away.
 class Encoder {
  public:
   // `fd` is an empty file, open for reading and writing; `label` names it in messages.
-  Encoder(int fd, std::string label, std::string writer, ScaleMode scale, BaseStorage storage);
+  Encoder(int fd, std::string label, std::string writer, const Recipe& recipe);
   ~Encoder();
 
   uint32_t add_task(std::string name, float threshold);
@@ -28,7 +40,8 @@ class Encoder {
   void set_entry(uint32_t task, uint32_t tensor, Coding coding, DType dtype,
                  std::vector<uint64_t> shape, Reason reason, Source source);
 
-  // Places the planes, reads base and tasks once, writes base, shared and mask planes. Tasks whose
+  // Places the planes, reads base and tasks once (and before, where a survey must be made; see
+  // survey.h), writes base, shared and mask planes. Tasks whose
   // tensor proves to hold NaN or infinity become verbatim; such a tensor alone is read again.
   void run(const Options& options);
 

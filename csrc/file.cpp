@@ -49,19 +49,27 @@ struct PlaneBytes {
 
 // One tensor on its way out.
 struct Job {
-  const Request* request;
+  const Request* request = nullptr;
   Coding coding;       // as the base, mask or verbatim
   PlaneBytes copied;   // all but mask: what the tensor is
-  PlaneBytes base, shared, shared_scales, mask, row_scales;
-  DecodeBlock block{};  // the types and the scale
+  PlaneBytes base, shared, shared_scales, row_scales;
+  std::vector<PlaneBytes> masks;
+  uint32_t min_tasks = 1;  // as in Merging; a task's own mask is the consensus of one
+  DecodeBlock block{};     // the types and the scale
   uint64_t elements = 0, row_length = 0;
 
   uint64_t parts() const {
-    if (coding == Coding::Mask) return (elements + kUnit - 1) / kUnit;
+    if (coding == Coding::Mask) return units();
     if (!copied.record) return 0;  // no elements
     if (copied.record->coding == PlaneCoding::Zstd) return 1;
     return (copied.record->raw_size + kCopyChunk - 1) / kCopyChunk;
   }
+  uint64_t units() const { return (elements + kUnit - 1) / kUnit; }
+};
+
+// What a thread reads into or computes.
+struct Buffers {
+  std::vector<uint8_t> base, mask;
 };
 
 class Decoder {
@@ -109,17 +117,54 @@ class Decoder {
         break;
       default:
         j.base = base_plane(request, t.base_plane);
-        j.shared = known_plane(t.shared_plane);
-        j.mask = known_plane(e->plane);
-        if (t.shared_scales_plane != kNone) j.shared_scales = known_plane(t.shared_scales_plane);
-        if (e->scales_plane != kNone) j.row_scales = known_plane(e->scales_plane);
-        j.row_length = j.row_scales.record ? j.elements / index_.rows(t) : j.elements;
-        j.block.base_dtype = t.dtype;
-        j.block.shared_dtype = t.shared_dtype;
+        use_shared(j, t);
+        j.masks = {known_plane(e->plane)};
+        if (e->scales_plane != kNone) {
+          j.row_scales = known_plane(e->scales_plane);
+          j.row_length = j.elements / index_.rows(t);
+        }
         j.block.out_dtype = e->dtype;
         j.block.scale = e->scale;
     }
     return j;
+  }
+
+  // A tensor of a merged model: the base's where no task has a mask.
+  Job merged_job(const Request& request, const Merging& merging) const {
+    const TensorRecord& t = index_.tensors[index_.original(request.tensor)];
+    const std::vector<uint32_t> tasks = masked_tasks(request.tensor);
+    Job j = job(request);
+    if (tasks.empty()) return j;
+    j.coding = Coding::Mask;
+    j.base = j.copied;
+    use_shared(j, t);
+    if (merging.min_tasks > 0) use_masks(j, request.tensor, tasks);
+    j.min_tasks = merging.min_tasks;
+    j.block.out_dtype = t.dtype;
+    j.block.scale = merging.scale;
+    return j;
+  }
+
+  // The masks of a tensor, to be counted.
+  Job counting_job(uint32_t tensor, const std::vector<uint32_t>& tasks) const {
+    const TensorRecord& t = index_.tensors[index_.original(tensor)];
+    Job j{};
+    if (tasks.empty()) return j;
+    j.elements = index_.elements(t.dims, t.rank);
+    use_shared(j, t);
+    use_masks(j, tensor, tasks);
+    return j;
+  }
+
+  // The tasks that have a mask for a tensor, all codings known.
+  std::vector<uint32_t> masked_tasks(uint32_t tensor) const {
+    std::vector<uint32_t> tasks;
+    for (uint32_t k = 0; k < index_.tasks.size(); ++k) {
+      if (!file_.has(k, tensor)) continue;
+      file_.info(k, tensor);  // refuses what is of a newer writer
+      if (index_.entry(k, index_.original(tensor)).coding == Coding::Mask) tasks.push_back(k);
+    }
+    return tasks;
   }
 
   void run(const std::vector<Job>& jobs) {
@@ -136,9 +181,28 @@ class Decoder {
       if (job->coding == Coding::Mask) {
         decode_unit(*job, part, buffers_[worker]);
       } else {
-        copy(job->copied, part, static_cast<uint8_t*>(job->request->out), buffers_[worker]);
+        copy(job->copied, part, static_cast<uint8_t*>(job->request->out), buffers_[worker].base);
       }
     });
+  }
+
+  // Adds what the masks of one unit say; counts.agreement and counts.overlap have their sizes.
+  void count_unit(const Job& job, uint64_t unit, MaskCounts& counts) const {
+    const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
+    const std::vector<const uint8_t*> masks = unit_masks(job, first, end);
+    const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
+    const uint32_t size = size_of(job.block.shared_dtype);
+    const uint8_t* shared = part(job.shared, first * size, end * size);
+    const float* scales = shared_scales(job, first, end);
+    const uint64_t zeros = kernels_.zeros(shared, job.block.shared_dtype, scales, end - first);
+    counts.zeros += zeros;
+    kernels_.agreement(block, counts.agreement.data());
+    if (counts.agreement[0] < zeros) {
+      throw Error(Status::Format, text(file_.label(), ": masks of ", file_.describe(job.shared.id),
+                                       " have bits where it is 0"));
+    }
+    counts.agreement[0] -= zeros;
+    kernels_.overlap(block, counts.overlap.data());
   }
 
   // Part `part` of a plane on which nothing is computed.
@@ -174,6 +238,20 @@ class Decoder {
   }
 
  private:
+  void use_shared(Job& j, const TensorRecord& t) const {
+    j.shared = known_plane(t.shared_plane);
+    if (t.shared_scales_plane != kNone) j.shared_scales = known_plane(t.shared_scales_plane);
+    j.row_length = j.elements;
+    j.block.base_dtype = t.dtype;
+    j.block.shared_dtype = t.shared_dtype;
+  }
+
+  void use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& tasks) const {
+    for (uint32_t task : tasks) {
+      j.masks.push_back(known_plane(index_.entry(task, index_.original(tensor)).plane));
+    }
+  }
+
   PlaneBytes base_plane(const Request& request, uint32_t id) const {
     PlaneBytes plane = known_plane(id);
     if (plane.record->coding == PlaneCoding::External) {
@@ -214,23 +292,47 @@ class Decoder {
     }
   }
 
-  void decode_unit(const Job& job, uint64_t unit, std::vector<uint8_t>& buffer) const {
+  // Bytes [begin, stop) of a plane that the file holds, checked.
+  const uint8_t* part(const PlaneBytes& plane, uint64_t begin, uint64_t stop) const {
+    const uint8_t* bytes = plane.source.memory + begin;
+    check(plane, bytes, begin, stop - begin);
+    return bytes;
+  }
+
+  // The int8 scales of elements [first, end), if there are any; `first` begins a unit.
+  const float* shared_scales(const Job& job, uint64_t first, uint64_t end) const {
+    if (!job.shared_scales.record) return nullptr;
+    return reinterpret_cast<const float*>(
+        part(job.shared_scales, first / kScaleBlock * 4, (end + kScaleBlock - 1) / kScaleBlock * 4));
+  }
+
+  std::vector<const uint8_t*> unit_masks(const Job& job, uint64_t first, uint64_t end) const {
+    std::vector<const uint8_t*> masks;
+    for (const PlaneBytes& mask : job.masks) masks.push_back(part(mask, first / 8, (end + 7) / 8));
+    return masks;
+  }
+
+  // The mask to decode elements [first, end) with.
+  const uint8_t* unit_mask(const Job& job, uint64_t first, uint64_t end,
+                           std::vector<uint8_t>& buffer) const {
+    const std::vector<const uint8_t*> masks = unit_masks(job, first, end);
+    if (masks.size() == 1 && job.min_tasks == 1) return masks[0];
+    buffer.assign((end - first + 7) / 8, 0xff);
+    if (job.min_tasks > 0) {
+      const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
+      kernels_.consensus(block, job.min_tasks, buffer.data());
+    }
+    return buffer.data();
+  }
+
+  void decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const {
     const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
     const uint32_t base_size = size_of(job.block.base_dtype);
     const uint32_t shared_size = size_of(job.block.shared_dtype);
     // Whole checksum blocks of base and shared, small enough to stay in cache from check to kernel.
     const uint64_t step = kSumBlock / std::min(base_size, shared_size);
-    auto part = [&](const PlaneBytes& plane, uint64_t begin, uint64_t stop) {
-      const uint8_t* bytes = plane.source.memory + begin;
-      check(plane, bytes, begin, stop - begin);
-      return bytes;
-    };
-    const uint8_t* mask = part(job.mask, first / 8, (end + 7) / 8);
-    const float* shared_scales = nullptr;
-    if (job.shared_scales.record) {
-      shared_scales = reinterpret_cast<const float*>(
-          part(job.shared_scales, first / kScaleBlock * 4, (end + kScaleBlock - 1) / kScaleBlock * 4));
-    }
+    const uint8_t* mask = unit_mask(job, first, end, buffers.mask);
+    const float* int8_scales = shared_scales(job, first, end);
     const float* row_scales = nullptr;
     const uint64_t first_row = first / job.row_length;
     if (job.row_scales.record) {
@@ -241,7 +343,7 @@ class Decoder {
 
     for (uint64_t at = first; at < end; at += step) {
       uint64_t stop = std::min(at + step, end);
-      const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffer);
+      const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffers.base);
       check(job.base, base, at * base_size, (stop - at) * base_size);
       const uint8_t* shared = part(job.shared, at * shared_size, stop * shared_size);
 
@@ -253,7 +355,7 @@ class Decoder {
         block.base = base + (i - at) * base_size;
         block.shared = shared + (i - at) * shared_size;
         block.mask = mask + (i - block.phase - first) / 8;
-        if (shared_scales) block.shared_scales = shared_scales + (i - block.phase - first) / kScaleBlock;
+        if (int8_scales) block.shared_scales = int8_scales + (i - block.phase - first) / kScaleBlock;
         if (row_scales) block.scale = row_scales[row - first_row];
         block.out = static_cast<uint8_t*>(job.request->out) + i * size_of(block.out_dtype);
         kernels_.decode(block);
@@ -267,7 +369,7 @@ class Decoder {
   const File::Fetch& fetch_;
   const Options& options_;
   const Kernels& kernels_;
-  std::vector<std::vector<uint8_t>> buffers_;  // one per worker
+  std::vector<Buffers> buffers_;  // one per worker
 };
 
 }  // namespace
@@ -362,6 +464,57 @@ void File::decode(const std::vector<Request>& requests, const Options& options) 
     jobs.push_back(decoder.job(request));
   }
   decoder.run(jobs);
+}
+
+void File::merge(const std::vector<Request>& requests, const Merging& merging,
+                 const Options& options) const {
+  Decoder decoder(*this, fetch_, options);
+  std::vector<Job> jobs;
+  for (const Request& request : requests) {
+    info(kNone, request.tensor);  // refuses what the base lacks
+    jobs.push_back(decoder.merged_job(request, merging));
+  }
+  decoder.run(jobs);
+}
+
+std::vector<MaskCounts> File::count_masks(const std::vector<uint32_t>& tensors,
+                                          const Options& options) const {
+  Decoder decoder(*this, fetch_, options);
+  struct Item {
+    size_t tensor;
+    uint64_t unit;
+  };
+  std::vector<Job> jobs;
+  std::vector<MaskCounts> counts;
+  std::vector<Item> items;
+  for (uint32_t tensor : tensors) {
+    MaskCounts c;
+    c.tasks = decoder.masked_tasks(tensor);
+    c.agreement.resize(c.tasks.size() + 1);
+    c.overlap.resize(c.tasks.size() * c.tasks.size());
+    jobs.push_back(decoder.counting_job(tensor, c.tasks));
+    for (uint64_t u = 0; u < jobs.back().units(); ++u) items.push_back({counts.size(), u});
+    counts.push_back(std::move(c));
+  }
+  std::mutex mutex;
+  parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+    MaskCounts& total = counts[items[i].tensor];
+    MaskCounts unit;
+    unit.agreement.resize(total.agreement.size());
+    unit.overlap.resize(total.overlap.size());
+    decoder.count_unit(jobs[items[i].tensor], items[i].unit, unit);
+    std::lock_guard lock(mutex);
+    total.zeros += unit.zeros;
+    for (size_t k = 0; k < unit.agreement.size(); ++k) total.agreement[k] += unit.agreement[k];
+    for (size_t p = 0; p < unit.overlap.size(); ++p) total.overlap[p] += unit.overlap[p];
+  });
+  for (MaskCounts& c : counts) {  // the kernel counts each pair once
+    const size_t tasks = c.tasks.size();
+    for (size_t x = 0; x < tasks; ++x) {
+      for (size_t y = 0; y < x; ++y) c.overlap[x * tasks + y] = c.overlap[y * tasks + x];
+    }
+  }
+  return counts;
 }
 
 std::vector<uint8_t> File::read_plane(uint32_t plane, const Options& options) const {

@@ -33,9 +33,9 @@ constexpr bool is_known(PlaneKind kind) {
 }
 enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External };
 enum class BaseStorage : uint8_t { Embedded = 1, Referenced };
-enum class Merge : uint8_t { TaskArithmetic = 1 };
+enum class Merge : uint8_t { TaskArithmetic = 1, Average, Ties };
 enum class ScaleMode : uint8_t { None = 0, UnitGain, UnitGainRow };
-enum class Method : uint8_t { Tall = 1 };
+enum class Method : uint8_t { Tall = 1, Magnitude };
 enum class Coding : uint8_t { Base = 0, Mask, Verbatim, Absent };
 enum class Reason : uint8_t {
   None = 0, DType, Shape, NotInBase, NonfiniteTask, NonfiniteBase

@@ -39,6 +39,8 @@ struct EncodeBlock {
   const void* const* task;  // [tasks]
   const DType* task_dtype;  // [tasks]
   const float* threshold;   // [tasks] lambda, not negative
+  bool by_magnitude;        // active is |tau| > threshold, not the TALL rule
+  const float* merged;      // [n] the multi-task vector; null: the sum of the task vectors
   void* shared;             // out: n elements of shared_dtype (I8: quantised)
   DType shared_dtype;       // F32, BF16, F16 or I8
   float* shared_scales;     // out, I8 only: one per kScaleBlock elements
@@ -64,6 +66,13 @@ struct DecodeBlock {
   DType out_dtype;
 };
 
+// Masks of several tasks over the same n elements; spare bits of their last bytes do not count.
+struct MaskBlock {
+  uint64_t n;
+  uint32_t masks;
+  const uint8_t* const* mask;  // [masks] planes of (n + 7) / 8 bytes
+};
+
 struct Kernels {
   const char* name;
   void (*encode)(EncodeBlock&);
@@ -74,6 +83,14 @@ struct Kernels {
   // XXH3-64 (seed 0, default secret) of `size` bytes, a multiple of 64, extended by zero bytes to
   // 256 where shorter.
   uint64_t (*hash)(const void* data, size_t size);
+  // Adds to counts[k], k = 0 .. masks, the elements on which exactly k masks are set.
+  void (*agreement)(const MaskBlock&, uint64_t* counts);
+  // The mask of the elements on which `least` masks or more are set; `least` is not 0.
+  void (*consensus)(const MaskBlock&, uint32_t least, uint8_t* out);
+  // Adds to pairs[x * masks + y], x <= y, the elements on which both masks are set.
+  void (*overlap)(const MaskBlock&, uint64_t* pairs);
+  // How many of n elements of a shared vector are 0; the first one begins a scale's block.
+  uint64_t (*zeros)(const void* shared, DType, const float* scales, uint64_t n);
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;

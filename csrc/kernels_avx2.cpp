@@ -205,13 +205,24 @@ struct Stripes {
   }
 };
 
+typedef uint64_t Word __attribute__((vector_size(32)));
+
+INLINE void full_add(Word& digit, Word& carry, Word a, Word b) {
+  const Word half = digit ^ a;
+  carry = (digit & a) | (half & b);
+  digit = half ^ b;
+}
+
 #include "xxh3.inc"
+
+#include "count.inc"
 
 #include "kernels_simd.inc"
 
 }  // namespace
 
-const Kernels kernels_avx2 = {"avx2", encode, decode, sums, hash};
+const Kernels kernels_avx2 = {"avx2",    encode,    decode,  sums, hash,
+                              agreement, consensus, overlap, zeros};
 
 }  // namespace tallcodec
 

@@ -139,13 +139,24 @@ struct Stripes {
   void finish(uint64_t* to) const { _mm512_storeu_si512(to, acc); }
 };
 
+typedef uint64_t Word __attribute__((vector_size(64)));
+
+INLINE void full_add(Word& digit, Word& carry, Word a, Word b) {
+  const __m512i x = __m512i(digit), y = __m512i(a), z = __m512i(b);
+  carry = Word(_mm512_ternarylogic_epi64(x, y, z, 0xe8));  // the majority
+  digit = Word(_mm512_ternarylogic_epi64(x, y, z, 0x96));  // the parity
+}
+
 #include "xxh3.inc"
+
+#include "count.inc"
 
 #include "kernels_simd.inc"
 
 }  // namespace
 
-const Kernels kernels_avx512 = {"avx512", encode, decode, sums, hash};
+const Kernels kernels_avx512 = {"avx512",  encode,    decode,  sums, hash,
+                                agreement, consensus, overlap, zeros};
 
 }  // namespace tallcodec
 

@@ -97,7 +97,8 @@ void encode_block(EncodeBlock& e, uint64_t first, uint64_t n) {
 
   load(e.base, e.base_dtype, first, n, b);
   for (uint64_t i = 0; i < n; ++i) e.base_nonfinite |= !is_finite(b[i]);
-  for (uint32_t k = 0; k < e.tasks; ++k) {
+  if (e.merged) memcpy(s, e.merged + first, n * sizeof *s);
+  for (uint32_t k = 0; !e.merged && k < e.tasks; ++k) {
     load(e.task[k], e.task_dtype[k], first, n, t);
     for (uint64_t i = 0; i < n; ++i) s[i] += t[i] - b[i];
   }
@@ -109,7 +110,8 @@ void encode_block(EncodeBlock& e, uint64_t first, uint64_t n) {
     uint8_t mask[kBlock / 8] = {};
     load(e.task[k], e.task_dtype[k], first, n, t);
     for (uint64_t i = 0; i < n; ++i) {
-      const bool published = is_active(b[i], t[i], s[i], e.threshold[k]);
+      const bool published = e.by_magnitude ? is_large(b[i], t[i], e.threshold[k])
+                                            : is_active(b[i], t[i], s[i], e.threshold[k]);
       const bool active = published && s[i] != 0;
       mask[i / 8] |= uint8_t(active << i % 8);
       active_tasks[i] += published;
@@ -205,8 +207,52 @@ struct ScalarStripes {
 
 uint64_t hash(const void* data, size_t size) { return xxh3::hash<ScalarStripes>(data, size); }
 
+uint32_t active_tasks(const MaskBlock& b, uint64_t i) {
+  uint32_t active = 0;
+  for (uint32_t k = 0; k < b.masks; ++k) active += bit(b.mask[k], i);
+  return active;
+}
+
+void agreement(const MaskBlock& b, uint64_t* counts) {
+  for (uint64_t i = 0; i < b.n; ++i) ++counts[active_tasks(b, i)];
+}
+
+void consensus(const MaskBlock& b, uint32_t least, uint8_t* out) {
+  memset(out, 0, (b.n + 7) / 8);
+  for (uint64_t i = 0; i < b.n; ++i) {
+    out[i / 8] |= uint8_t((active_tasks(b, i) >= least) << i % 8);
+  }
+}
+
+void overlap(const MaskBlock& b, uint64_t* pairs) {
+  for (uint32_t x = 0; x < b.masks; ++x) {
+    for (uint32_t y = x; y < b.masks; ++y) {
+      uint64_t& both = pairs[uint64_t{x} * b.masks + y];
+      for (uint64_t i = 0; i < b.n; ++i) both += bit(b.mask[x], i) && bit(b.mask[y], i);
+    }
+  }
+}
+
+__attribute__((noinline)) uint64_t zeros_of_all(const void* shared, DType dtype,
+                                                const float* scales, uint64_t n) {
+  uint64_t zeros = 0;
+  for (uint64_t i = 0; i < n; i += kBlock) {
+    float s[kBlock];
+    const uint64_t size = min(kBlock, n - i);
+    load_shared(shared, dtype, scales ? read<float>(scales, i / kBlock) : 0, i, size, s);
+    for (uint64_t j = 0; j < size; ++j) zeros += s[j] == 0;
+  }
+  return zeros;
+}
+
+uint64_t zeros(const void* shared, DType dtype, const float* scales, uint64_t n) {
+  FloatEnvironment environment;
+  return zeros_of_all(shared, dtype, scales, n);
+}
+
 }  // namespace
 
-const Kernels kernels_scalar = {"scalar", encode, decode, sums, hash};
+const Kernels kernels_scalar = {"scalar",  encode,    decode,  sums, hash,
+                                agreement, consensus, overlap, zeros};
 
 }  // namespace tallcodec

@@ -84,6 +84,24 @@ TALLCODEC_MATH bool is_active(float base, float task, float s, float threshold) 
   return magnitude(base - task) > threshold * magnitude((base + s) - task);
 }
 
+// Magnitude masks, in place of the rule above: the largest elements of the task vector.
+TALLCODEC_MATH bool is_large(float base, float task, float threshold) {
+  return magnitude(task - base) > threshold;
+}
+
+// TIES (arXiv 2306.01708): a task vector's small elements are cut off, a sign is elected by the sum of
+// what is left, and what has that sign is summed. Zeros take the sign that most elements have.
+
+TALLCODEC_MATH float trimmed(float tau, float cut) { return magnitude(tau) >= cut ? tau : 0.0f; }
+
+TALLCODEC_MATH float elected_sign(float sum, float majority) {
+  return sum > 0 ? 1.0f : sum == 0 ? majority : -1.0f;
+}
+
+TALLCODEC_MATH float elected(float trimmed, float sign) {
+  return trimmed * sign > 0 ? trimmed : 0.0f;
+}
+
 // A select, not an addition of zero: what is not active keeps the base's own value, -0 included.
 TALLCODEC_MATH float decoded(float base, float s, float scale, bool active) {
   return active ? base + scale * s : base;

@@ -67,6 +67,21 @@ struct Request {
   Source base{};    // the base's tensor, where the file only references its base
 };
 
+// A merged model: base + scale * s on elements on which `min_tasks` masks or more are set, 0: on all.
+struct Merging {
+  uint32_t min_tasks;
+  float scale;
+};
+
+// What a tensor's stored masks say of its n elements, over the tasks that have one. None sets a bit
+// where the shared vector is 0.
+struct MaskCounts {
+  std::vector<uint32_t> tasks;      // those that have a mask
+  uint64_t zeros = 0;               // elements on which the shared vector is 0
+  std::vector<uint64_t> agreement;  // [tasks + 1] of the others, those on which just k masks are set
+  std::vector<uint64_t> overlap;    // [tasks * tasks] elements on which both masks are set
+};
+
 struct Options {
   unsigned threads = 1;
   bool verify = true;                // check every block that is used against its checksum
@@ -104,6 +119,12 @@ class File {
   bool needs_base(uint32_t task, uint32_t tensor) const;  // a Source in the Request
 
   void decode(const std::vector<Request>& requests, const Options& options) const;
+  // Tensors of a model merged from the shared vector and the masks: the base's, in its types and
+  // shapes, changed where tasks have masks. Request::task is kNone.
+  void merge(const std::vector<Request>& requests, const Merging& merging,
+             const Options& options) const;
+  std::vector<MaskCounts> count_masks(const std::vector<uint32_t>& tensors,
+                                      const Options& options) const;
   // The decoded bytes of a plane of kind verbatim or file.
   std::vector<uint8_t> read_plane(uint32_t plane, const Options& options) const;
   // Every block of the file that does not match its checksum.

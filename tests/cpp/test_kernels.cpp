@@ -405,6 +405,97 @@ void test_decode_and_sums() {
   }
 }
 
+// What the counting kernels say of some masks, and of a shared vector.
+struct Counted {
+  std::vector<uint64_t> agreement, overlap;
+  std::vector<std::vector<uint8_t>> consensus;  // for 1 task, 2 tasks, …, one more than there are
+  bool operator==(const Counted& o) const {
+    return agreement == o.agreement && overlap == o.overlap && consensus == o.consensus;
+  }
+};
+
+Counted count(const Kernels& kernels, const std::vector<std::vector<char>>& masks, size_t n,
+              Placement place) {
+  std::vector<const uint8_t*> planes;
+  for (const auto& mask : masks) planes.push_back(static_cast<uint8_t*>(place.copy(mask)));
+  const MaskBlock block{n, uint32_t(masks.size()), planes.data()};
+  Counted c;
+  c.agreement.resize(masks.size() + 1, 1000);  // they add to what is there
+  c.overlap.resize(masks.size() * masks.size(), 1000);
+  kernels.agreement(block, c.agreement.data());
+  kernels.overlap(block, c.overlap.data());
+  for (uint32_t least = 1; least <= masks.size() + 1; least = least < 3 ? least + 1 : 2 * least) {
+    uint8_t* const out = reinterpret_cast<uint8_t*>(place.buffer((n + 7) / 8));
+    kernels.consensus(block, least, out);
+    c.consensus.emplace_back(out, out + (n + 7) / 8);
+  }
+  check(place.intact(), "%s counting wrote outside a buffer, n=%zu", kernels.name, n);
+  return c;
+}
+
+void compare_counts(Random& random, size_t n, uint32_t tasks) {
+  std::vector<std::vector<char>> masks(tasks, std::vector<char>((n + 7) / 8));
+  for (auto& mask : masks) {
+    const uint32_t dense = random.below(4);  // spare bits are set, too: they do not count
+    for (char& c : mask) c = char(random.bits() | (dense ? random.bits() : 0));
+  }
+  const Counted expected = count(kernels_scalar, masks, n, {true, 0});
+  uint64_t total = 0;
+  for (uint64_t elements : expected.agreement) total += elements - 1000;
+  check(total == n, "every element is counted once, n=%zu tasks=%u", n, tasks);
+  for (const Kernels* const* k = available_kernels(); *k; ++k) {
+    const Placement place{random.below(2) == 0, random.below(5)};
+    check(count(**k, masks, n, place) == expected, "%s counts n=%zu tasks=%u", (*k)->name, n, tasks);
+  }
+}
+
+void test_counting() {
+  Random random(5);
+  for (uint32_t tasks : {1, 2, 3, 4, 7, 8, 9, 15, 16, 20, 31, 32, 33, 63, 64, 70}) {
+    for (size_t n : {0, 1, 7, 8, 9, 255, 256, 511, 513, 4095, 4096, 4097, 8191, 8192, 8193, 12345}) {
+      compare_counts(random, n, tasks);
+    }
+  }
+  for (size_t n = 0; n < 530; ++n) compare_counts(random, n, 1 + random.below(10));
+}
+
+void test_zeros() {
+  Random random(6);
+  for (DType dtype : kShared) {
+    for (size_t n : {0, 1, 15, 127, 128, 129, 300, 4000}) {
+      std::vector<float> values = random_values(random, n, n % 2 ? kSpecial : kTiny);
+      for (float& x : values) {
+        if (random.below(4) == 0) x = random.below(2) ? 0.0f : -0.0f;
+      }
+      std::vector<char> shared = array_of(values, dtype);
+      std::vector<float> scales = random_values(random, (n + 127) / 128, kTiny);
+      if (!scales.empty()) scales[random.below(uint32_t(scales.size()))] = 0;
+      uint64_t expected = 0;
+      for (size_t i = 0; i < n; ++i) {
+        uint16_t half;
+        if (dtype == DType::F32) {
+          float x;
+          std::memcpy(&x, &shared[i * 4], 4);
+          expected += x == 0;
+        } else if (dtype == DType::I8) {
+          expected += shared[i] == 0 || scales[i / 128] == 0;
+        } else {
+          std::memcpy(&half, &shared[i * 2], 2);
+          expected += (half & 0x7fff) == 0;
+        }
+      }
+      for (const Kernels* const* k = available_kernels(); *k; ++k) {
+        Placement place{random.below(2) == 0, random.below(5)};
+        const void* const from = place.copy(shared);
+        const auto* const scale =
+            static_cast<const float*>(place.copy(array_of(scales, DType::F32)));
+        check((*k)->zeros(from, dtype, scale, n) == expected, "%s zeros of type %d, n=%zu",
+              (*k)->name, int(dtype), n);
+      }
+    }
+  }
+}
+
 void test_hash() {
   Random random(3);
   std::vector<char> data;
@@ -582,6 +673,8 @@ int main() {
   test_conversion("bfloat16", 8, bf16_to_f32, f32_to_bf16);
   test_conversions_of_variants();
   test_hash();
+  test_counting();
+  test_zeros();
   test_encode();
   test_decode_and_sums();
   test_denormals();
