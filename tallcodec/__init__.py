@@ -10,9 +10,11 @@ from .encoding import encode
 from .errors import TallcodecError
 from .file import File, open, verify
 from .info import FileInfo, TaskInfo, Verification
+from .merging import MergeInfo, merge
+from .stats import FileStats, stats
 from .version import __version__
 
 __all__ = [
-    "File", "FileInfo", "TallcodecError", "TaskInfo", "Verification", "__version__", "encode",
-    "errors", "open", "verify",
+    "File", "FileInfo", "FileStats", "MergeInfo", "TallcodecError", "TaskInfo", "Verification",
+    "__version__", "encode", "errors", "merge", "open", "stats", "verify",
 ]

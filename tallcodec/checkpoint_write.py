@@ -106,12 +106,8 @@ def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
     Raises OutputExistsError when ``path`` exists and ``overwrite`` is false, even if it came to
     exist meanwhile, or when it is not a regular file; WriteError for the operating system's.
     """
-    if not overwrite and os.path.lexists(path):
-        raise _exists_error(Path(path))
+    check_output(path, overwrite)
     target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
-    if target.exists():
-        if not target.is_file():
-            raise OutputExistsError(f"{path}: exists and is not a regular file: remove it yourself")
     temporary = _temporary_sibling(target)
     with _write_errors(path):
         try:
@@ -121,6 +117,14 @@ def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
             _sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_output(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raise OutputExistsError where :func:`atomic_file` would, as far as can be told beforehand."""
+    if not overwrite and os.path.lexists(path):
+        raise _exists_error(Path(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputExistsError(f"{path}: exists and is not a regular file: remove it yourself")
 
 
 # Files

@@ -1,4 +1,4 @@
-"""The `tallcodec` command: encode, inspect, decode, verify."""
+"""The `tallcodec` command: encode, inspect, decode, merge, stats, verify."""
 
 import argparse
 import json
@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import encoding, numbers
+from . import encoding, merging, numbers
 from . import file as tall
 from .errors import ArgumentError, TallcodecError
+from .stats import stats
 from .version import __version__
 
 
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="λ of the masks, for all tasks or for one; default 0.4")  # fmt: skip
     sub.add_argument("--method", default="tall", choices=numbers.METHODS,
                      help="how a task is coded (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--density", type=float, default=0.2,
+                     help="the share of each task vector that ties and magnitude masks keep "
+                     "(default: %(default)s)")  # fmt: skip
     sub.add_argument("--scale", default="none", choices=numbers.SCALES,
                      help="unit-gain keeps the length of a task vector along its own direction, "
                      "by one factor per tensor or row (default: %(default)s)")  # fmt: skip
@@ -87,6 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-shard-size", help='split a folder\'s weights, as "5GB"')
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
+    sub = command("merge", _merge, "Merge the tasks of a file into one checkpoint.")
+    sub.add_argument("path", help="a .tall file")
+    sub.add_argument("-o", "--output", required=True,
+                     help="a .safetensors or .pt file, or a folder to make")  # fmt: skip
+    sub.add_argument("--method", default="consensus", choices=merging.METHODS,
+                     help="consensus, or how the file's shared vector was made, to take it whole "
+                     "(default: %(default)s)")  # fmt: skip
+    sub.add_argument("--min-tasks", type=int, default=2,
+                     help="consensus: keep what so many tasks use (default: %(default)s)")
+    sub.add_argument("--scale", type=float, default=1.0,
+                     help="α, the factor of the shared vector (default: %(default)s)")
+    sub.add_argument("--base", help=f"the base, where the file only references it: {checkpoint}")
+    sub.add_argument("--max-shard-size", help='split a folder\'s weights, as "5GB"')
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    sub = command("stats", _stats, "Show what the masks say: density, agreement, overlap.")
+    sub.add_argument("path", help="a .tall file")
+
     sub = command("verify", _verify, "Check every byte of a file.")
     sub.add_argument("path", help="a .tall file")
     sub.add_argument("--base", help=f"also check that this is the referenced base: {checkpoint}")
@@ -102,6 +124,7 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         merge=a.merge,
         threshold=_threshold(a.threshold or ["0.4"], tasks),
         method=a.method,
+        density=a.density,
         scale=a.scale,
         shared_dtype=a.shared_dtype,
         base_storage=a.base_storage,
@@ -124,6 +147,27 @@ def _decode(a: argparse.Namespace) -> tuple[dict, str]:
         )
     written = [tall.label(path) for path in written]
     return {"task": a.task, "written": written}, "\n".join(written)
+
+
+def _merge(a: argparse.Namespace) -> tuple[dict, str]:
+    info = merging.merge(
+        a.path,
+        a.output,
+        method=a.method,
+        min_tasks=a.min_tasks,
+        scale=a.scale,
+        base=a.base,
+        framework="np",
+        threads=a.threads,
+        max_shard_size=a.max_shard_size,
+        overwrite=a.overwrite,
+    )
+    return info.to_dict(), str(info)
+
+
+def _stats(a: argparse.Namespace) -> tuple[dict, str]:
+    found = stats(a.path, threads=a.threads)
+    return found.to_dict(), str(found)
 
 
 def _verify(a: argparse.Namespace) -> tuple[dict, str]:

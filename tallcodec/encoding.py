@@ -1,21 +1,26 @@
 """Checkpoints to a `.tall` file: what every tensor becomes is decided here, its bits in C++."""
 
 import contextlib
+import importlib.util
+import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
-from typing import Any
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, Tensor, open_checkpoint, refuse_input_as_output
-from .checkpoint_write import atomic_file
-from .errors import ArgumentError, CheckpointError
+from .checkpoint_write import atomic_file, check_output
+from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
-from .info import FileInfo, read_info
+from .file import open as open_file
+from .info import SCORES, FileInfo, read_info
 from .threads import check_threads
+from .thresholds import GRID, Score, best, check_grid, check_threshold, score_trials, trial_name
 from .version import __version__
 
 
@@ -25,8 +30,12 @@ def encode(
     output: str | os.PathLike,
     *,
     merge: str = "task-arithmetic",
-    threshold: float | Mapping[str, float] = 0.4,
+    threshold: float | Mapping[str, float] | str = 0.4,
+    score: Score | None = None,
+    grid: Iterable[float] = GRID,
+    out: Mapping[str, Any] | None = None,
     method: str = "tall",
+    density: float = 0.2,
     scale: str = "none",
     shared_dtype: str = "auto",
     base_storage: str = "embed",
@@ -39,10 +48,21 @@ def encode(
     ``base`` and the values of ``tasks`` are checkpoints: a `.safetensors` file, a Hugging Face
     folder, a torch file, or a mapping of names to torch tensors or NumPy arrays.
 
-    - ``merge``: how the multi-task vector is made: "task-arithmetic", the sum of the task vectors.
+    - ``merge``: how the multi-task vector is made: "task-arithmetic", the sum of the task vectors;
+      "average", their mean; "ties", what is left of them when all but the largest ``density`` of
+      each is trimmed and a sign is elected, summed where it has that sign (arXiv 2306.01708, with
+      the sum that arXiv 2405.07813 takes).
     - ``threshold``: λ of the TALL masks, one number or one per task: a parameter follows the
-      multi-task vector s where |θ₀ − θ_t| > λ·|(θ₀ + s) − θ_t| (arXiv 2405.07813).
-    - ``method``: "tall", one mask bit per parameter and task.
+      multi-task vector s where |θ₀ − θ_t| > λ·|(θ₀ + s) − θ_t| (arXiv 2405.07813); or "search".
+    - ``score``, ``grid``, ``out``: for "search". Every task is decoded with every λ of the grid,
+      into the same tensors each time (of ``out``, say ``model.state_dict()``, where they are
+      named there), and ``score(task, state_dict)`` says how good that is: the λ with the highest
+      score is taken, the smallest of equals. The scores are kept in the file. Tensors are torch's
+      where it is installed, else NumPy's. All masks come from one pass over the checkpoints, and
+      the file from a second one.
+    - ``method``: "tall", one mask bit per parameter and task; "magnitude", masks of the largest
+      ``density`` of each task vector instead, with no λ.
+    - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
       g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; "unit-gain-row" has one g per row.
     - ``shared_dtype``: how s is stored: "float32", "bfloat16", "float16", "int8" (in blocks
@@ -64,33 +84,90 @@ def encode(
     _choose("scale", scale, numbers.SCALES)
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
-    thresholds = _thresholds(threshold, tasks)
+    _check_tasks(tasks)
+    grid_ = _check_search(threshold, score, grid, out, method)
+    thresholds = {} if grid_ else _thresholds(threshold, tasks)
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
     metadata = _metadata(metadata)
     threads = check_threads(threads)
 
     refuse_input_as_output(output, (base, *tasks.values()))
+    check_output(output, overwrite)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(atomic_file(output, overwrite))
         base_checkpoint = stack.enter_context(open_checkpoint(base))
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
-        encoder = _core.Encoder(
-            file.fileno(),
-            label(output),
-            f"tallcodec {__version__}",
-            numbers.SCALES[scale],
-            numbers.BASE_STORAGES[base_storage],
-        )
-        for name, value in thresholds.items():
-            encoder.add_task(name, value)
-        names = _names(base_checkpoint, checkpoints)
-        _plan(encoder, names, base_checkpoint, checkpoints, numbers.SHARED_DTYPES[shared_dtype])
-        encoder.run(threads)
-        _append_verbatim(encoder, names, checkpoints)
+        family = _Family(base_checkpoint, checkpoints, numbers.SHARED_DTYPES[shared_dtype], threads)
+        recipe = {
+            "merge": numbers.MERGES[merge],
+            "method": numbers.METHODS[method],
+            "density": density,
+            "scale": numbers.SCALES[scale],
+        }
+        if grid_:
+            scores = _search(family, base, list(tasks), output, grid_, score, out or {}, recipe)
+            thresholds = {task: best(grid_, found) for task, found in scores.items()}
+            metadata[SCORES] = json.dumps({"grid": grid_, "scores": scores})
+
+        recipe["base_storage"] = numbers.BASE_STORAGES[base_storage]
+        file = stack.enter_context(atomic_file(output, overwrite))
+        encoder = family.encode(file, label(output), thresholds.items(), recipe)
         _add_side_data(encoder, base_checkpoint, checkpoints, metadata)
         encoder.finish()
         # What a reader would refuse is not to appear under the name.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return read_info(label(output), len(data), _core.File(label(output), data))
+
+
+class _Family(NamedTuple):
+    """Open checkpoints, and what holds for every file that is made of them."""
+
+    base: Checkpoint
+    tasks: list[Checkpoint]
+    shared_dtype: str | None
+    threads: int
+
+    def encode(
+        self, file: BinaryIO, name: str, thresholds: Iterable[tuple[str, float]], recipe: dict
+    ) -> _core.Encoder:
+        """All planes of a file; what is left is side data and the index. ``thresholds`` are the
+        file's tasks: those of the family, once or several times over."""
+        thresholds = list(thresholds)
+        trials = len(thresholds) // len(self.tasks)
+        writer = f"tallcodec {__version__}"
+        encoder = _core.Encoder(file.fileno(), name, writer, trials=trials, **recipe)
+        for task, threshold in thresholds:
+            encoder.add_task(task, threshold)
+        names = _names(self.base, self.tasks)
+        _plan(encoder, names, self.base, self.tasks, self.shared_dtype, trials)
+        encoder.run(self.threads)
+        _append_verbatim(encoder, names, self.tasks)
+        return encoder
+
+
+def _search(
+    family: _Family,
+    base: Any,
+    tasks: list[str],
+    output: str | os.PathLike,
+    grid: list[float],
+    score: Score,
+    out: Mapping[str, Any],
+    recipe: dict,
+) -> dict[str, list[float]]:
+    """The scores of every task with every λ, from a file beside the output that is then removed."""
+    folder, name = os.path.split(os.path.realpath(output))
+    recipe = recipe | {"base_storage": numbers.BASE_STORAGES["reference"]}
+    thresholds = [(trial_name(task, value), value) for value in grid for task in tasks]
+    try:
+        trial = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    except OSError as error:
+        raise WriteError(error.errno, f"{label(output)}: {error.strerror}") from error
+    with trial:
+        family.encode(trial, label(output), thresholds, recipe).finish()
+        framework = "pt" if importlib.util.find_spec("torch") else "np"
+        with open_file(trial.name, framework, base, threads=family.threads) as file:
+            return score_trials(file, tasks, grid, score, out)
 
 
 def _choose(name: str, value: str, choices: Mapping[str, Any]) -> None:
@@ -99,8 +176,7 @@ def _choose(name: str, value: str, choices: Mapping[str, Any]) -> None:
         raise ArgumentError(f"{name} must be one of {known}, not {value!r}")
 
 
-def _thresholds(threshold: float | Mapping[str, float], tasks: Mapping) -> dict[str, float]:
-    """λ of every task, by name in task order."""
+def _check_tasks(tasks: Mapping) -> None:
     if not isinstance(tasks, Mapping):
         raise ArgumentError(f"tasks must map names to checkpoints, not be a {type(tasks).__name__}")
     if not tasks:
@@ -108,24 +184,31 @@ def _thresholds(threshold: float | Mapping[str, float], tasks: Mapping) -> dict[
     for name in tasks:
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ArgumentError(f"a task's name must be printable text, not {name!r}")
+
+
+def _thresholds(threshold: float | Mapping[str, float], tasks: Mapping) -> dict[str, float]:
+    """λ of every task, by name in task order."""
     if isinstance(threshold, Mapping):
         if set(threshold) != set(tasks):
             odd = sorted(set(threshold) ^ set(tasks))
             raise ArgumentError(f"threshold must name each task once; these do not match: {odd}")
-        thresholds = {name: threshold[name] for name in tasks}
-    else:
-        thresholds = dict.fromkeys(tasks, threshold)
-    return {name: _number(value) for name, value in thresholds.items()}
+        return {name: check_threshold(threshold[name]) for name in tasks}
+    return dict.fromkeys(tasks, check_threshold(threshold))
 
 
-def _number(threshold: Any) -> float:
-    try:
-        value = math.nan if isinstance(threshold, str) else float(threshold)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not 0 <= value < 2.0**127:  # a float32 in the file
-        raise ArgumentError(f"threshold must be a number of at least 0, not {threshold!r}")
-    return value
+def _check_search(threshold: Any, score: Any, grid: Any, out: Any, method: str) -> list[float]:
+    """The grid of a search, or none where there is to be no search."""
+    if not isinstance(threshold, str) or threshold != "search":
+        if score is not None or out is not None:
+            raise ArgumentError('score and out are for threshold="search"')
+        return []
+    if method != "tall":
+        raise ArgumentError(f'threshold="search" is for method "tall", not {method!r}')
+    if not callable(score):
+        raise ArgumentError(f'threshold="search" needs score, a function, not {score!r}')
+    if out is not None and not isinstance(out, Mapping):
+        raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
+    return check_grid(grid)
 
 
 def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -134,6 +217,8 @@ def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
             f"metadata must map strings to strings, not be a {type(metadata).__name__}"
         )
     metadata = dict(metadata or {})
+    if SCORES in metadata:
+        raise ArgumentError(f"metadata {SCORES!r} is where the scores of a search are kept")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ArgumentError(f"metadata must map strings to strings, not {key!r} to {value!r}")
@@ -150,6 +235,7 @@ def _plan(
     base: Checkpoint,
     tasks: list[Checkpoint],
     shared_dtype: str | None,
+    trials: int,
 ) -> None:
     """Tell the encoder every tensor, and what each task's becomes."""
     for checkpoint in (base, *tasks):
@@ -183,15 +269,16 @@ def _plan(
             theirs = task.tensors.get(name)
             if theirs is not None:
                 coding, reason = _classify(ours, theirs)
-                encoder.set_entry(
-                    i,
-                    tensor,
-                    coding,
-                    numbers.DTYPES[theirs.dtype],
-                    theirs.shape,
-                    numbers.REASONS[reason],
-                    _source(theirs),
-                )
+                for trial in range(trials):
+                    encoder.set_entry(
+                        i + trial * len(tasks),
+                        tensor,
+                        coding,
+                        numbers.DTYPES[theirs.dtype],
+                        theirs.shape,
+                        numbers.REASONS[reason],
+                        _source(theirs),
+                    )
 
 
 def _check_names_and_shapes(checkpoint: Checkpoint) -> None:
@@ -257,7 +344,7 @@ def _append_verbatim(
     encoder: _core.Encoder, names: list[str], tasks: list[Checkpoint]
 ) -> None:
     for task, tensor in encoder.verbatim():
-        raw = tasks[task].tensors[names[tensor]].read().data
+        raw = tasks[task % len(tasks)].tensors[names[tensor]].read().data
         zstd, stored = _compress(raw)
         encoder.append_verbatim(task, tensor, zstd, stored, len(raw))
 

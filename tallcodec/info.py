@@ -1,5 +1,6 @@
 """What a file holds and what it costs, as numbers and as a table."""
 
+import json
 import math
 from dataclasses import asdict, dataclass
 
@@ -8,6 +9,7 @@ import numpy as np
 from . import _core, numbers
 from .numbers import name_of
 
+SCORES = "tallcodec.scores"  # the key of the file's metadata that holds a search's, as JSON
 _LISTED = 20  # verbatim tensors that the table names per task
 
 
@@ -76,6 +78,8 @@ class FileInfo:
     """Bytes of the file in no plane: header, index, padding and free ranges."""
     metadata: dict[str, str]
     tasks: list[TaskInfo]
+    scores: dict[str, dict[float, float]]
+    """Of every task, by λ: what a search for λ found. Empty where there was none."""
 
     @property
     def models(self) -> float:
@@ -112,6 +116,9 @@ class FileInfo:
         for row in rows:
             cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
             lines.append("  ".join(cells).rstrip())
+        for task, scores in self.scores.items():
+            found = ", ".join(f"{threshold:g}: {score:.6g}" for threshold, score in scores.items())
+            lines.append(f"scores by λ: {task}, {found}")
         for task in self.tasks:
             for v in task.verbatim[:_LISTED]:
                 lines.append(
@@ -163,6 +170,7 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
         if tensor["in_base"] and tensor["alias"] is None:
             base_bytes += file.info(_core.NONE, i)[2]
             base_parameters += math.prod(tensor["shape"])
+    metadata = {k: v for scope, k, v in file.metadata() if scope == _core.SCOPE_FILE}
     return FileInfo(
         path=path,
         writer=header["writer"],
@@ -175,7 +183,8 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
         base_bytes=base_bytes,
         planes={kind: count for kind, count in stored.items() if count},
         overhead=size - sum(stored.values()),
-        metadata={k: v for scope, k, v in file.metadata() if scope == _core.SCOPE_FILE},
+        metadata={k: v for k, v in metadata.items() if k != SCORES},
+        scores=_scores(metadata.get(SCORES)),
         tasks=[_task_info(file, i, task, tensors, planes) for i, task in enumerate(file.tasks())],
     )
 
@@ -228,6 +237,18 @@ def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes:
         tensors={kind: count for kind, count in tally.items() if kind != "unknown" or count},
         verbatim=verbatim,
     )
+
+
+def _scores(text: str | None) -> dict[str, dict[float, float]]:
+    """Those of a search, as encode keeps them; what is not of that form is nobody's scores."""
+    try:
+        found = json.loads(text or "{}")
+        return {
+            str(task): dict(zip(map(float, found["grid"]), map(float, scores), strict=True))
+            for task, scores in found.get("scores", {}).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def _ratio(a: float, b: float) -> float:

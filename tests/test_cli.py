@@ -124,11 +124,14 @@ def options_of(command):
 def test_options_bear_the_names_of_pythons_arguments():
     encode = inspect.signature(tallcodec.encode).parameters
     options = options_of("encode")
-    assert encode.keys() - options.keys() == {"tasks"} and "task" in options
+    # A search for λ calls a function, which the command line cannot give.
+    assert encode.keys() - options.keys() == {"tasks", "score", "grid", "out"}
+    assert "task" in options
     assert options.keys() - encode.keys() == {"help", "json", "task"}
-    for name in ("merge", "method", "scale", "shared_dtype", "base_storage", "overwrite"):
+    choices = ("merge", "method", "density", "scale", "shared_dtype", "base_storage")
+    for name in (*choices, "overwrite"):
         assert options[name].default == encode[name].default
-    for name in ("merge", "method", "scale", "shared_dtype", "base_storage", "threads"):
+    for name in (*choices, "threads"):
         assert f"--{name.replace('_', '-')}" in options[name].option_strings
     python = {**inspect.signature(tallcodec.File.save).parameters,
               **inspect.signature(tallcodec.open).parameters}  # fmt: skip

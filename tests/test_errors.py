@@ -254,7 +254,7 @@ BAD_ARGUMENTS = [
     ({"scale": None}, "scale"),
     ({"scale": ["none"]}, "scale"),
     ({"method": "emr"}, "method.*'tall'.*'emr'"),
-    ({"merge": "ties"}, "merge.*'task-arithmetic'.*'ties'"),
+    ({"merge": "tie"}, "merge.*'task-arithmetic'.*'ties'.*'tie'"),
     ({"shared_dtype": "float64"}, "shared_dtype.*'bfloat16'.*'float64'"),
     ({"base_storage": "remote"}, "base_storage.*'reference'.*'remote'"),
     ({"metadata": {"k": 1}}, "metadata.*1"),

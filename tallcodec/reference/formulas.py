@@ -90,12 +90,39 @@ def round_to(x, dtype):
     return x.astype(dtype)
 
 
-def shared_sum(base, tasks):
-    """acc = +0, then acc + (t - b) for each task in order; what is not finite becomes +0."""
-    acc = np.zeros_like(base)
-    for task in tasks:
-        acc = acc + (task - base)
+def add_up(vectors):
+    """acc = +0, then acc + v for each in order."""
+    acc = np.float32(0)
+    for vector in vectors:
+        acc = acc + vector
+    return acc
+
+
+def finite_or_zero(acc):
+    """The multi-task vector as it is to be stored: what is not finite becomes +0."""
     return np.where(np.isfinite(acc), acc, np.float32(0))
+
+
+def trim(tau, cut):
+    return np.where(np.abs(tau) >= cut, tau, np.float32(0))
+
+
+def largest_cut(magnitudes, density):
+    """The smallest of the density * d largest of d magnitudes, as the code of TIES finds it: the
+    element of rank d - floor(density * d), from 1."""
+    kept = int(magnitudes.size * density)
+    if kept >= magnitudes.size:
+        return np.float32(0)
+    return np.sort(magnitudes)[magnitudes.size - kept - 1]
+
+
+def ties(vectors, cuts, majority):
+    """The trimmed vectors, summed where they have the sign of their sum; a sum of zero, and
+    nothing else, has the sign of the majority."""
+    trimmed = [trim(tau, cut) for tau, cut in zip(vectors, cuts)]
+    votes = add_up(trimmed)
+    positive = (votes > 0) | ((votes == 0) & majority)
+    return add_up(np.where(np.where(positive, v > 0, v < 0), v, np.float32(0)) for v in trimmed)
 
 
 def store_shared(acc, dtype):
@@ -121,6 +148,26 @@ def load_shared(stored, scales):
 def is_active(base, task, s, threshold):
     """The published rule: |b - t| > lambda * |(b + s) - t|."""
     return np.abs(base - task) > np.float32(threshold) * np.abs((base + s) - task)
+
+
+def is_large(base, task, cut):
+    """The magnitude mask: |t - b| >= cut."""
+    return np.abs(task - base) >= cut
+
+
+def agreement(masks):
+    """The elements on which exactly 0, 1, …, T of T masks are set."""
+    return np.bincount(np.sum(masks, axis=0, dtype=np.int64), minlength=len(masks) + 1)
+
+
+def consensus(masks, least):
+    """The mask of the elements on which `least` masks or more are set."""
+    return np.sum(masks, axis=0, dtype=np.int64) >= least
+
+
+def overlap(masks):
+    """Mask × mask: the elements on which both are set."""
+    return np.array([[np.count_nonzero(a & b) for b in masks] for a in masks])
 
 
 def decode_mask(base, s, mask, scale):

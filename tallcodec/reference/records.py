@@ -18,6 +18,8 @@ AS_BASE, MASKED, AS_IS, ABSENT = 0, 1, 2, 3  # entry codings
 NOT_ARITHMETIC, OTHER_SHAPE, NOT_IN_BASE, NONFINITE_TASK, NONFINITE_BASE = 1, 2, 3, 4, 5
 EMBEDDED, REFERENCED = 1, 2
 TALL = 1
+METHODS = {"tall": TALL, "magnitude": 2}
+MERGES = {"task-arithmetic": 1, "average": 2, "ties": 3}
 SCALE_MODES = {"none": 0, "unit-gain": 1, "unit-gain-row": 2}
 
 

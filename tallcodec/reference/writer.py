@@ -2,6 +2,7 @@
 
 import struct
 from collections import namedtuple
+from functools import partial
 
 import numpy as np
 import zstandard
@@ -10,14 +11,19 @@ from ..errors import ArgumentError, CheckpointError
 from .formulas import (
     ARITHMETIC,
     NUMBERS,
+    add_up,
+    finite_or_zero,
     hash64,
     is_active,
+    is_large,
+    largest_cut,
     load_shared,
     row_count,
     row_sums,
-    shared_sum,
     store_shared,
+    ties,
     to_float32,
+    trim,
     unit_gain,
 )
 from .records import (
@@ -38,7 +44,9 @@ from .records import (
     MASK,
     MASKED,
     MAX_RANK,
+    MERGES,
     META,
+    METHODS,
     NONE,
     NONFINITE_BASE,
     NONFINITE_TASK,
@@ -65,12 +73,14 @@ from .records import (
 )
 
 
-def write(base, tasks, *, thresholds, scale="none", shared_dtype="auto", base_storage="embed",
+def write(base, tasks, *, thresholds, merge="task-arithmetic", method="tall", density=0.2,
+          scale="none", shared_dtype="auto", base_storage="embed",
           metadata=None, base_metadata=None, task_metadata=None, base_files=None, task_files=None,
           writer="tallcodec 0.1.0", force_zstd=None) -> bytes:
     """A file of `tasks` (name -> checkpoint) coded against `base`; a checkpoint is name -> array.
 
-    thresholds: lambda by task name. metadata, base_metadata: str -> str; base_files: name -> bytes;
+    thresholds: lambda by task name. density: the share of each task vector that merge "ties" and
+    method "magnitude" keep. metadata, base_metadata: str -> str; base_files: name -> bytes;
     task_metadata, task_files: such dicts by task name. force_zstd: True compresses every verbatim
     and file plane, False none, None those that gain by it.
     """
@@ -87,21 +97,35 @@ def write(base, tasks, *, thresholds, scale="none", shared_dtype="auto", base_st
     codings = {(k, i): _classify(base, state, names[i])
                for k, state in enumerate(states) for i in numbers}
 
-    # The values: who of the candidates for a mask gets one, and what it is.
-    encoded, masks = {}, {}
+    # Who of the candidates for a mask gets one.
+    candidates, coded = {}, {}
     for i in numbers:
-        candidates = [k for k in range(len(states)) if codings[k, i][0] == MASKED]
-        if not candidates:
+        candidates[i] = [k for k in range(len(states)) if codings[k, i][0] == MASKED]
+        if not candidates[i]:
             continue
         b = base[names[i]]
-        finite = {k: _is_finite(b) and _is_finite(states[k][names[i]]) for k in candidates}
+        finite = {k: _is_finite(b) and _is_finite(states[k][names[i]]) for k in candidates[i]}
         reason = NONFINITE_TASK if _is_finite(b) else NONFINITE_BASE
-        codings |= {(k, i): (AS_IS, reason) for k in candidates if not finite[k]}
-        coded = {k: states[k][names[i]] for k in candidates if finite[k]}
+        codings |= {(k, i): (AS_IS, reason) for k in candidates[i] if not finite[k]}
+        coded[i] = {k: states[k][names[i]] for k in candidates[i] if finite[k]}
+
+    # The values.
+    thresholds = [thresholds[task] for task in tasks]
+    cuts, majority = None, False
+    if merge == "ties" or method == "magnitude":
+        with np.errstate(all="ignore"):
+            cuts, majority = _survey(base, names, numbers, coded, codings, len(states), density)
+    if method == "magnitude":
+        thresholds = cuts
+    encoded, masks = {}, {}
+    for i in coded:
+        b = base[names[i]]
         dtype = b.dtype if shared_dtype == "auto" else np.dtype(shared_dtype)
-        encoded[i] = _encode(b, coded, [thresholds[task] for task in tasks], dtype, mode)
+        averaged = sum(codings[k, i][0] in (AS_BASE, MASKED) for k in range(len(states)))
+        merged = partial(_merge, merge, averaged=averaged, cuts=cuts, majority=majority)
+        encoded[i] = _encode(b, coded[i], thresholds, dtype, mode, merged, METHODS[method])
         unused = bytes(-(-b.size // 8)), bytes(4 * row_count(b.shape) * (mode == 2)), {}
-        masks |= {(k, i): encoded[i].masks.get(k, unused) for k in candidates}
+        masks |= {(k, i): encoded[i].masks.get(k, unused) for k in candidates[i]}
 
     # The planes, in the order of the file.
     no_planes = {"base_plane": NONE, "shared_plane": NONE, "scales_plane": NONE}
@@ -135,7 +159,7 @@ def write(base, tasks, *, thresholds, scale="none", shared_dtype="auto", base_st
             tensors[i]["base_plane"] = out.external(base[names[i]].tobytes())
 
     # The index. Strings, dims and counts are numbered as the records that name them are made.
-    head = {"writer": out.string(writer), "merge": 1, "scale": mode,
+    head = {"writer": out.string(writer), "merge": MERGES[merge], "scale": mode,
             "base_storage": EMBEDDED if base_storage == "embed" else REFERENCED}
     index = []
     for i, t in enumerate(tensors):
@@ -149,8 +173,9 @@ def write(base, tasks, *, thresholds, scale="none", shared_dtype="auto", base_st
                   "counts": len(counts)}
             out.counts += counts
         index.append(TENSOR.pack(**t))
-    for task in tasks:
-        index.append(TASK.pack(name=out.string(task), threshold=thresholds[task], method=TALL))
+    for task, threshold in zip(tasks, thresholds):
+        index.append(TASK.pack(name=out.string(task), threshold=threshold,
+                               method=METHODS[method]))
     for k, state in enumerate(states):
         for i, name in enumerate(names):
             e = entries.get((k, i), {})  # an alias has an entry of zeros
@@ -219,16 +244,46 @@ def _classify(base, task, name):
 _Encoded = namedtuple("_Encoded", "shared scales dtype agreement masks")
 
 
-def _encode(base, tasks, thresholds, dtype, mode):
+def _survey(base, names, numbers, coded, codings, tasks, density):
+    """Each task's cut, and whether most of the trimmed vectors' nonzero sums are positive.
+    A task vector is that of all tensors in arithmetic; where a task equals the base it is zero."""
+    vectors = {}
+    for i, states in coded.items():
+        b = to_float32(base[names[i]]).ravel()
+        vectors |= {(k, i): to_float32(t).ravel() - b for k, t in states.items()}
+    cuts = []
+    for k in range(tasks):
+        zeros = sum(base[names[i]].size for i in numbers if codings[k, i][0] == AS_BASE
+                    and base[names[i]].dtype in ARITHMETIC)
+        parts = [np.abs(tau) for (task, _), tau in vectors.items() if task == k]
+        cuts.append(largest_cut(np.concatenate([np.zeros(zeros, np.float32), *parts]), density))
+    votes = 0
+    for i in coded:
+        total = add_up(trim(vectors[k, i], cuts[k]) for k in coded[i])
+        votes += int(np.sum(np.sign(np.nan_to_num(total))))
+    return cuts, votes > 0
+
+
+def _merge(rule, vectors, *, averaged, cuts, majority):
+    """The multi-task vector of a tensor: vectors are its task vectors, by task number."""
+    if rule == "ties":
+        return ties(vectors.values(), [cuts[k] for k in vectors], majority)
+    merged = add_up(vectors.values())
+    return merged / np.float32(averaged) if rule == "average" else merged
+
+
+def _encode(base, tasks, thresholds, dtype, mode, merge, method):
     rows = row_count(base.shape)
     b = to_float32(base).ravel()
     tasks = {k: to_float32(t).ravel() for k, t in tasks.items()}
     masks, agreement = {}, np.zeros(b.size, np.int64)
     with np.errstate(all="ignore"):
-        stored, scales = store_shared(shared_sum(b, tasks.values()), dtype)
+        merged = finite_or_zero(merge({k: t - b for k, t in tasks.items()}))
+        stored, scales = store_shared(np.broadcast_to(merged, b.shape), dtype)
         s = load_shared(stored, scales)
         for k, t in tasks.items():
-            active = is_active(b, t, s, thresholds[k])
+            active = (is_active(b, t, s, thresholds[k]) if method == TALL
+                      else is_large(b, t, thresholds[k]))
             mask = active & (s != 0)
             agreement += active
             approx = np.where(mask, s, np.float32(0))
