@@ -29,7 +29,7 @@ Source source(const std::vector<T>& values) {
 }
 
 // A base and two tasks with an entry of every coding, encoded into a temporary file and read back.
-Bytes encode(const Kernels* kernels, ScaleMode scale, BaseStorage storage, DType shared,
+Bytes encode(const Kernels* kernels, const Recipe& recipe, DType shared,
              const std::vector<float>& base) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
@@ -44,7 +44,7 @@ Bytes encode(const Kernels* kernels, ScaleMode scale, BaseStorage storage, DType
 
   std::FILE* temporary = std::tmpfile();
   const int fd = fileno(temporary);
-  Encoder encoder(fd, "test.tall", "test", scale, storage);
+  Encoder encoder(fd, "test.tall", "test", recipe);
   encoder.add_task("a", 0.4f);
   encoder.add_task("b", 0.5f);
   auto tensor = [&](const char* name, bool in_base, uint32_t alias = kNone) {
@@ -111,7 +111,14 @@ Decoded decode(const Bytes& bytes, const std::vector<float>& base,
             external = info.nbytes == base.size() * sizeof(float) ? source(base) : Source{};
           }
           file.decode({{task, i, out.data(), external}}, options);
-          result.tensors[std::to_string(task) + "/" + std::string(index.text(index.tensors[i].name))] = out;
+          const std::string name(index.text(index.tensors[i].name));
+          result.tensors[std::to_string(task) + "/" + name] = out;
+          if (task != kNone) continue;
+          file.merge({{task, i, out.data(), external}}, {2, 0.5f}, options);
+          result.tensors["merged/" + name] = out;
+          const MaskCounts counts = file.count_masks({i}, options).at(0);
+          const auto* bytes = reinterpret_cast<const uint8_t*>(counts.overlap.data());
+          result.tensors["overlap/" + name] = Bytes(bytes, bytes + counts.overlap.size() * 8);
         } catch (const Error&) {
           ++result.refused;
         }
@@ -161,7 +168,6 @@ void fix_checksums(Bytes& file) {
 void test_placement_of_large_tensors() {
   constexpr uint64_t n = uint64_t{1} << 33;
   Draft draft;
-  draft.storage = BaseStorage::Embedded;
   draft.tasks = {{"a", 0.4f}, {"b", 0.4f}};
   DraftTensor t;
   t.shape = {uint64_t{1} << 20, uint64_t{1} << 13};
@@ -192,7 +198,7 @@ void damage(const Bytes& file, const std::vector<float>& base) {
   for (auto kernels = available_kernels(); *kernels; ++kernels) {
     CHECK(decode(file, base, *kernels).tensors == sound.tensors);
   }
-  CHECK(sound.tensors.size() == 14);  // 5 of task a, 4 of b, 4 of the base, a file
+  CHECK(sound.tensors.size() == 22);  // 5 of task a, 4 of b, 4 of the base, merged, overlap, a file
 
   int flips_refused = 0;
   for (size_t at = 0; at < file.size(); ++at) {
@@ -241,12 +247,18 @@ int main() {
   std::normal_distribution<float> normal;
   for (float& x : base) x = normal(random);
   test_placement_of_large_tensors();
-  for (auto [scale, storage, shared] :
-       {std::tuple{ScaleMode::None, BaseStorage::Embedded, DType::F32},
-        std::tuple{ScaleMode::UnitGainRow, BaseStorage::Referenced, DType::I8}}) {
-    Bytes file = encode(*available_kernels(), scale, storage, shared, base);
+  Recipe plain, rows, ties;
+  rows.scale = ScaleMode::UnitGainRow;
+  rows.storage = BaseStorage::Referenced;
+  rows.merge = Merge::Average;
+  ties.merge = Merge::Ties;
+  ties.method = Method::Magnitude;
+  ties.density = 0.2;
+  for (const auto& [recipe, shared] :
+       {std::pair{plain, DType::F32}, {rows, DType::I8}, {ties, DType::BF16}}) {
+    Bytes file = encode(*available_kernels(), recipe, shared, base);
     for (auto kernels = available_kernels(); *kernels; ++kernels) {
-      CHECK(encode(*kernels, scale, storage, shared, base) == file);
+      CHECK(encode(*kernels, recipe, shared, base) == file);
     }
     damage(file, base);
   }
