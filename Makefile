@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm clean
+.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm bench-quality bench-reproduction bench-peers clean
 
 all: .venv/built
 
@@ -52,6 +52,31 @@ bench-minilm: .venv/built
 		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
 	$(BIN)/python benchmarks/real_family.py
 	$(BIN)/python benchmarks/load_time.py
+
+# The paper's mask statistics and storage on made checkpoints: ten minutes, 17 GB of disk for a while.
+bench-reproduction: .venv/built
+	$(BIN)/python benchmarks/reproduction.py
+
+# Every method on every family, for tables and plots; hours, the first time. Scores are kept in ~/.cache/tallcodec.
+bench-quality: .venv/built .venv/bench-packages
+	test -e $${TALLCODEC_CACHE:-$$HOME/.cache/tallcodec}/minilm/meta.json || \
+		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality.py --docs
+
+.venv/bench-packages: requirements-bench.txt .venv/packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
+	touch $@
+
+# The packages one could install instead, in an environment of their own (1 GB, most of it PyTorch's CPU build); ten to twenty minutes.
+bench-peers: .venv/built build/peers/packages
+	test -e $${TALLCODEC_CACHE:-$$HOME/.cache/tallcodec}/minilm/meta.json || \
+		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
+	$(BIN)/python benchmarks/peers.py --python build/peers/bin/python
+
+build/peers/packages: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	touch $@
 
 clean:
 	rm -rf .venv build tallcodec/_core*.so

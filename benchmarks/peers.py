@@ -1,0 +1,568 @@
+"""tallcodec beside the packages one could install instead: bytes, speed, memory, exactness.
+
+    make bench-peers
+
+Each package stores the MiniLM family (a base, eight tasks) the way its documentation says a family
+of checkpoints is stored, once in float32 and once cast to bfloat16. Every encode and every decode
+of a contender is a process of its own; contenders take turns. What a package gives back is compared
+with the original, bit for bit. Prints markdown tables and writes results/peers.csv.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import RESULTS, write_csv
+from minilm import FAMILY, Family
+
+BASE = "0-base"  # sorts before every task: lmzip refers to files that came earlier
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH = {"F32": torch.float32, "BF16": torch.bfloat16}  # names in safetensors headers
+TIMEOUT = 900  # seconds for one encode or decode of the family
+SLOW = 15  # seconds from which on an encode is timed once, not in every round
+
+COLUMNS = {  # of the tables, and how they format them
+    "bytes": ",", "models": ".2f", "ratio": ".2f", "exact": "", "error": ".3f", "gain": ".2f",
+    "encode_gbps": ".2f", "decode_gbps": ".2f", "encode_mb": ",.0f", "decode_mb": ",.0f",
+    "threads": "",
+}
+
+
+class Job(NamedTuple):
+    """A family on disk as FOLDER/NAME/model.safetensors, and where a contender may write."""
+
+    folder: Path
+    store: Path
+    threads: int
+
+    @property
+    def base(self):
+        return self.checkpoint(BASE)
+
+    @property
+    def tasks(self):
+        return sorted(path.name for path in self.folder.iterdir() if path.name != BASE)
+
+    def checkpoint(self, name):
+        return self.folder / name / "model.safetensors"
+
+
+class Contender:
+    """A package and how it stores a family; made in the child process, so it imports there.
+
+    encode() writes all tasks, and the base where decoding needs it in another form than the
+    checkpoint. reader() returns a function from a task's name to its tensors: in memory, read.
+    """
+
+    package = ""
+    module = ""  # that is imported before the clock starts: self.lib
+    needs_base = False  # the base's checkpoint, as it is, belongs to what is stored
+    threads = (1, 1)  # most that encode and decode use
+    dtypes = tuple(DTYPES)  # families it is measured on
+
+    def __init__(self, stack):
+        self.stack = stack
+        self.lib = importlib.import_module(self.module or self.package)
+
+    def encode(self, job):
+        raise NotImplementedError
+
+    def reader(self, job):
+        raise NotImplementedError
+
+
+class Safetensors(Contender):
+    """Separate files, the measure of all others."""
+
+    package = "safetensors"
+
+    def encode(self, job):
+        for task in job.tasks:
+            save_file(load_file(job.checkpoint(task)), job.store / task)
+
+    def reader(self, job):
+        def read(task):  # load_file alone has mapped the file and read nothing
+            return {k: v.clone() for k, v in load_file(job.store / task).items()}
+        return read
+
+
+class Tall(Contender):
+    package = "tallcodec"
+    threads = (2, 2)
+    options = {"threshold": 0.4}
+
+    def encode(self, job):
+        tasks = {task: job.checkpoint(task) for task in job.tasks}
+        self.lib.encode(job.base, tasks, job.store / "family.tall", threads=job.threads,
+                        **self.options)
+
+    def reader(self, job):
+        path = job.store / "family.tall"
+        file = self.lib.open(path, framework="pt", threads=job.threads)
+        return self.stack.enter_context(file).decode
+
+
+class TallUnitGain(Tall):
+    options = {"threshold": 1.0, "scale": "unit-gain"}
+
+
+class TallBfloat16(Tall):
+    dtypes = ("float32",)  # what a bfloat16 family gets anyhow
+
+    options = {"threshold": 0.4, "shared_dtype": "bfloat16"}
+
+
+class TallInt8(Tall):
+    options = {"threshold": 0.4, "shared_dtype": "int8"}
+
+
+class Zstandard(Contender):
+    """Every file for itself."""
+
+    package = "zstandard"
+    threads = (2, 1)
+
+    def encode(self, job):
+        compressor = self.lib.ZstdCompressor(level=3, threads=job.threads)
+        for task in job.tasks:
+            packed = compressor.compress(job.checkpoint(task).read_bytes())
+            (job.store / task).write_bytes(packed)
+
+    def reader(self, job):
+        decompressor = self.lib.ZstdDecompressor()
+        return lambda task: tensors_in(decompressor.decompress((job.store / task).read_bytes()))
+
+
+class ZstandardPrefix(Contender):
+    """Every file with the base as dictionary: what zstd --patch-from does."""
+
+    package = "zstandard"
+    threads = (2, 1)
+
+    def encode(self, job):
+        base = job.base.read_bytes()
+        window = (2 * len(base)).bit_length()
+        parameters = self.lib.ZstdCompressionParameters.from_level(
+            3, window_log=window, enable_ldm=True, threads=job.threads)
+        plain = self.lib.ZstdCompressor(level=3, threads=job.threads)
+        (job.store / BASE).write_bytes(plain.compress(base))
+        compressor = self.lib.ZstdCompressor(
+            dict_data=self.lib.ZstdCompressionDict(base, self.lib.DICT_TYPE_RAWCONTENT),
+            compression_params=parameters)
+        for task in job.tasks:
+            packed = compressor.compress(job.checkpoint(task).read_bytes())
+            (job.store / task).write_bytes(packed)
+
+    def reader(self, job):
+        base = self.lib.ZstdDecompressor().decompress((job.store / BASE).read_bytes())
+        decompressor = self.lib.ZstdDecompressor(
+            dict_data=self.lib.ZstdCompressionDict(base, self.lib.DICT_TYPE_RAWCONTENT),
+            max_window_size=1 << (2 * len(base)).bit_length())
+        return lambda task: tensors_in(decompressor.decompress((job.store / task).read_bytes()))
+
+
+class Zipnn(Contender):
+    """Every file for itself."""
+
+    package = "zipnn"
+    threads = (2, 2)
+
+    def codec(self, job, **options):
+        return self.lib.ZipNN(bytearray_dtype=dtype_of(job), threads=job.threads, **options)
+
+    def encode(self, job):
+        codec = self.codec(job)
+        for task in job.tasks:
+            packed = codec.compress(job.checkpoint(task).read_bytes())
+            (job.store / task).write_bytes(packed)
+
+    def reader(self, job):
+        codec = self.codec(job)
+        return lambda task: tensors_in(codec.decompress((job.store / task).read_bytes()))
+
+
+class ZipnnDelta(Zipnn):
+    """Its delta mode: every file's bytes XOR the base's."""
+
+    def encode(self, job):
+        (job.store / BASE).write_bytes(self.codec(job).compress(job.base.read_bytes()))
+        base = job.base.read_bytes()  # again: compress() has overwritten the bytes it was given
+        codec = self.codec(job, delta_compressed_type="byte")
+        for task in job.tasks:
+            packed = codec.compress(job.checkpoint(task).read_bytes(), delta_second_data=base)
+            (job.store / task).write_bytes(packed)
+
+    def reader(self, job):
+        base = bytes(self.codec(job).decompress((job.store / BASE).read_bytes()))
+        codec = self.codec(job, delta_compressed_type="byte")
+
+        def read(task):
+            packed = (job.store / task).read_bytes()
+            return tensors_in(codec.decompress(packed, delta_second_data=base))
+        return read
+
+
+class Lmzip(Contender):
+    """One archive of the family's folder; it finds out by itself that files resemble the first."""
+
+    package = "lmzip"
+    module = "lmz"
+    threads = (2, 2)
+
+    def __init__(self, stack):
+        super().__init__(stack)
+        self.lib.backends()  # compiles its native kernel, the first time
+
+    def encode(self, job):
+        self.lib.compress(str(job.folder), str(job.store / "family.lmz"), workers=job.threads)
+
+    def reader(self, job):
+        path = str(job.store / "family.lmz")
+        archive = self.stack.enter_context(self.lib.MappedArchive(path, workers=job.threads))
+        return lambda task: tensors_in(archive.read_member(f"{task}/model.safetensors"))
+
+
+class Reminis(Contender):
+    """Its registry: one SQLite database, the tasks as verified deltas of the base."""
+
+    package = "reminis"
+
+    def encode(self, job):
+        with self.lib.Registry(job.store / "family.db") as registry:
+            registry.add_base(str(job.base), BASE, verbose=False)
+            for task in job.tasks:
+                source = str(job.checkpoint(task))
+                registry.add_derived(source, task, parent=BASE, verbose=False)
+
+    def reader(self, job):
+        registry = self.lib.Registry(job.store / "family.db", create=False)
+        self.stack.enter_context(registry)
+
+        def read(task):  # shapes are stored last dimension first
+            return {
+                name: torch.frombuffer(blob, dtype=TORCH[dtype]).view(json.loads(shape)[::-1])
+                for name, shape, dtype, _, _, blob in registry.tensors(task)
+            }
+        return read
+
+
+class Deltatensors(Contender):
+    package = "deltatensors"
+    needs_base = True
+    strategy = "int4"
+
+    def encode(self, job):
+        for task in job.tasks:
+            self.lib.save_delta_from_paths(
+                job.store / task, job.folder / task, job.folder / BASE, strategy=self.strategy)
+
+    def reader(self, job):
+        dtype = DTYPES[dtype_of(job)]
+
+        def read(task):
+            arrays = self.lib.load_delta_from_paths(job.store / task, job.folder / BASE)
+            return {k: torch.from_numpy(v).to(dtype) for k, v in arrays.items()}
+        return read
+
+
+class DeltatensorsSign(Deltatensors):
+    strategy = "quantized"
+
+
+class DeltatensorsSparse(Deltatensors):
+    strategy = "sparse"
+
+
+class Fireworks(Contender):
+    package = "fireworks-delta-compression"
+    module = "fireworks_delta_compression"
+    needs_base = True
+    threads = (2, 2)
+    coding = "arc_v3"
+
+    def encode(self, job):
+        with ThreadPoolExecutor(job.threads) as pool:
+            for task in job.tasks:
+                self.lib.delta_compress_files_to_file(
+                    src=str(job.base), dst=str(job.checkpoint(task)),
+                    diff_file=str(job.store / task), compression_format=self.coding,
+                    executor=pool)
+
+    def reader(self, job):
+        base = load_file(job.base)
+        pool = self.stack.enter_context(ThreadPoolExecutor(job.threads))
+        return lambda task: self.lib.delta_decompress_dict_from_file(
+            src=base, diff_file=str(job.store / task), compression_format=self.coding,
+            executor=pool)
+
+
+class FireworksXor(Fireworks):
+    coding = "arc_v2"
+
+
+CONTENDERS = {
+    "safetensors, separate files": Safetensors,
+    "tallcodec, λ = .4": Tall,
+    "tallcodec, λ = 1, unit gain": TallUnitGain,
+    "tallcodec, λ = .4, bfloat16 shared": TallBfloat16,
+    "tallcodec, λ = .4, int8 shared": TallInt8,
+    "zstandard −3, each file": Zstandard,
+    "zstandard −3, base as prefix": ZstandardPrefix,
+    "zipnn, each file": Zipnn,
+    "zipnn, XOR with the base": ZipnnDelta,
+    "lmzip": Lmzip,
+    "reminis, registry": Reminis,
+    "fireworks-delta-compression, arc_v3": Fireworks,
+    "fireworks-delta-compression, arc_v2": FireworksXor,
+    "deltatensors, int4": Deltatensors,
+    "deltatensors, quantized (sign)": DeltatensorsSign,
+    "deltatensors, sparse": DeltatensorsSparse,
+}
+
+
+def header(buffer):
+    """The JSON header of a safetensors file, and where its data begins."""
+    size = int.from_bytes(buffer[:8], "little")
+    return json.loads(bytes(buffer[8 : 8 + size])), 8 + size
+
+
+def tensors_in(buffer):
+    """The tensors of a safetensors file in memory, without copying them."""
+    entries, start = header(buffer)
+    out = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            dtype = TORCH[entry["dtype"]]
+            count = (end - begin) // dtype.itemsize
+            flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + begin)
+            out[name] = flat.view(entry["shape"])
+    return out
+
+
+def dtype_of(job):
+    """The family's dtype by name: that of its first tensor."""
+    tensor = next(iter(load_file(job.base).values()))
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def memory(field):
+    """A line of /proc/self/status in bytes: VmRSS, resident now; VmHWM, at the most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
+def measured(function):
+    """Seconds of a call, and the most memory in MB that it added to the process."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "mb": (memory("VmHWM") - before) / 1e6}
+
+
+def encode(contender, job):
+    with redirect_stdout(sys.stderr):  # some of them talk
+        result = measured(lambda: contender.encode(job))
+    size = sum(path.stat().st_size for path in job.store.rglob("*") if path.is_file())
+    size += job.base.stat().st_size if contender.needs_base else 0
+    return result | {"bytes": size, "version": importlib.metadata.version(contender.package)}
+
+
+def decode(contender, job):
+    """Every task once, from opening what is stored; each is let go before the next."""
+    def run():
+        read = contender.reader(job)
+        for task in job.tasks:
+            read(task)
+    with redirect_stdout(sys.stderr):
+        return measured(run)
+
+
+class Fidelity(NamedTuple):
+    """How what comes back differs from a fine-tuned checkpoint; see docs/benchmarks.md."""
+
+    exact: bool
+    error: float
+    gain: float
+
+
+def fidelity(base, tuned, decoded):
+    """{name: tensor} three times; exact means the same names, types, shapes and bits."""
+    if decoded.keys() != tuned.keys():
+        raise SystemExit("other tensors come back than went in")
+    exact, tau_sq, dot, error_sq = True, 0.0, 0.0, 0.0
+    for k, t in tuned.items():
+        d = decoded[k]
+        if d.shape != t.shape or d.dtype != t.dtype:
+            raise SystemExit(f"{k}: {d.dtype} {list(d.shape)} for {t.dtype} {list(t.shape)}")
+        exact &= torch.equal(d.contiguous().view(torch.uint8), t.view(torch.uint8))
+        b = base[k].double()
+        tau, approx = t.double() - b, d.double() - b
+        tau_sq += float(tau.square().sum())
+        dot += float((tau * approx).sum())
+        error_sq += float((approx - tau).square().sum())
+    return Fidelity(exact, (error_sq / tau_sq) ** 0.5, dot / tau_sq)
+
+
+def verify(contender, job):
+    """Mean fidelity over the tasks; exact if every task is."""
+    with redirect_stdout(sys.stderr):
+        read = contender.reader(job)
+        base = load_file(job.base)
+        found = [fidelity(base, load_file(job.checkpoint(t)), read(t)) for t in job.tasks]
+    exact, error, gain = zip(*found)
+    return Fidelity(all(exact), statistics.mean(error), statistics.mean(gain))._asdict()
+
+
+PHASES = {"encode": encode, "decode": decode, "verify": verify}
+
+
+def child(name, phase, job):
+    """One phase of one contender, in a process of its own; prints its figures as JSON."""
+    warnings.filterwarnings("ignore", "The given buffer is not writable")
+    torch.set_num_threads(job.threads)
+    with ExitStack() as stack:
+        print(json.dumps(PHASES[phase](CONTENDERS[name](stack), job)))
+
+
+def run_child(python, name, phase, job):
+    """The figures of one phase; RuntimeError says what went wrong."""
+    command = [python, __file__, "--contender", name, "--phase", phase, "--family", job.folder,
+               "--store", job.store, "--threads", str(job.threads)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{phase}: not finished after {TIMEOUT} s") from None
+    if done.returncode:
+        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"{phase}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def python_of(contender, peers):
+    """The interpreter that has the package: this one for tallcodec, else the peers' own."""
+    return sys.executable if contender.package == "tallcodec" else peers
+
+
+def prepare(family, folder, dtype):
+    """Write the family as FOLDER/NAME/model.safetensors in the given dtype."""
+    for name, path in {BASE: family.base_path, **family.paths}.items():
+        target = folder / name / "model.safetensors"
+        target.parent.mkdir(parents=True)
+        save_file({k: v.to(dtype) for k, v in load_file(path).items()}, target)
+
+
+def measure(names, job, python, rounds):
+    """{contender: {phase: [figures of each round], "failed": why}}, the contenders taking turns."""
+    results = {name: {phase: [] for phase in PHASES} for name in names}
+    for turn in range(rounds):
+        for name, found in results.items():
+            if "failed" in found:
+                continue
+            own = job._replace(store=job.store / str(list(CONTENDERS).index(name)))
+            interpreter = python_of(CONTENDERS[name], python)
+            phases = ["encode", "decode", "verify"] if turn == 0 else ["encode", "decode"]
+            if any(run["seconds"] > SLOW for run in found["encode"]):
+                phases = ["decode"]
+            else:
+                shutil.rmtree(own.store, ignore_errors=True)
+                own.store.mkdir(parents=True)
+            try:
+                for phase in phases:
+                    found[phase].append(run_child(interpreter, name, phase, own))
+            except RuntimeError as error:
+                found["failed"] = str(error)
+            print(f"round {turn + 1}: {name}: {found.get('failed', 'done')}", flush=True)
+    return results
+
+
+def row(name, dtype, found, job):
+    """A row of the results; sizes and speeds refer to the bytes of the tasks' checkpoints."""
+    contender = CONTENDERS[name]
+    columns = {"dtype": dtype, "method": name, "version": "", **dict.fromkeys(COLUMNS, "")}
+    columns["failed"] = found.get("failed", "")
+    if not found["verify"] or columns["failed"]:
+        return columns
+    one = job.base.stat().st_size
+    every = sum(job.checkpoint(task).stat().st_size for task in job.tasks)
+    size = found["encode"][0]["bytes"]
+    for phase in ("encode", "decode"):
+        seconds = statistics.median(run["seconds"] for run in found[phase])
+        columns[f"{phase}_gbps"] = every / seconds / 1e9
+        columns[f"{phase}_mb"] = statistics.median(run["mb"] for run in found[phase])
+    threads = "/".join(str(min(most, job.threads)) for most in contender.threads)
+    return columns | found["verify"][0] | {
+        "version": found["encode"][0]["version"], "bytes": size, "models": size / one,
+        "ratio": every / size, "threads": threads,
+    }
+
+
+def markdown(rows):
+    """A table of docs/benchmarks.md."""
+    lines = [["method", *(key.replace("_", " ") for key in COLUMNS)]]
+    lines.append(["---"] + ["---:"] * len(COLUMNS))
+    for r in rows:
+        cells = [cell(r[key], spec) for key, spec in COLUMNS.items()]
+        lines.append([f"{r['method']} {r['version']}".strip(), *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value, spec):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format(value, spec) if value != "" else ""
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("--family", type=Path, default=FAMILY)
+    ap.add_argument("--python", help="the interpreter of the environment with the peers")
+    ap.add_argument("--only", help="contenders whose names contain this (no results are written)")
+    ap.add_argument("--dtype", choices=DTYPES, help="only this one (no results are written)")
+    ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--contender", help=argparse.SUPPRESS)
+    ap.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    ap.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    if args.phase:
+        child(args.contender, args.phase, Job(args.family, args.store, args.threads))
+        return
+    family, rows = Family(args.family), []
+    for dtype in [args.dtype] if args.dtype else DTYPES:
+        names = [name for name, contender in CONTENDERS.items()
+                 if dtype in contender.dtypes and (not args.only or args.only in name)]
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(Path(folder) / "family", Path(folder) / "stores", args.threads)
+            prepare(family, job.folder, DTYPES[dtype])
+            found = measure(names, job, args.python or sys.executable, args.rounds)
+            rows += [row(name, dtype, figures, job) for name, figures in found.items()]
+        print(f"\n{dtype}\n\n{markdown([r for r in rows if r['dtype'] == dtype])}\n")
+    for r in rows:
+        if r["failed"]:
+            print(f"{r['dtype']}, {r['method']}: {r['failed']}")
+    if not args.only and not args.dtype:
+        write_csv(RESULTS / "peers.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
