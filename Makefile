@@ -67,7 +67,7 @@ bench-quality: .venv/built .venv/bench-packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
-# The packages one could install instead, in an environment of their own (1 GB, most of it PyTorch's CPU build); ten to twenty minutes.
+# The packages one could install instead, in an environment of their own (1 GB, most of it PyTorch's CPU build); 17 minutes.
 bench-peers: .venv/built build/peers/packages
 	test -e $${TALLCODEC_CACHE:-$$HOME/.cache/tallcodec}/minilm/meta.json || \
 		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints

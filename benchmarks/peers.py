@@ -241,6 +241,7 @@ class Reminis(Contender):
     """Its registry: one SQLite database, the tasks as verified deltas of the base."""
 
     package = "reminis"
+    threads = (2, 1)  # its own choice
 
     def encode(self, job):
         with self.lib.Registry(job.store / "family.db") as registry:
@@ -264,6 +265,7 @@ class Reminis(Contender):
 class Deltatensors(Contender):
     package = "deltatensors"
     needs_base = True
+    threads = (2, 1)  # its own choice: one reads, one computes, one writes
     strategy = "int4"
 
     def encode(self, job):
