@@ -178,6 +178,7 @@ py::list entries(const BufferFile& f, uint32_t task) {
     d["plane"] = optional(e.plane);
     d["scales_plane"] = optional(e.scales_plane);
     d["scale"] = e.scale;
+    d["factor"] = e.factor;
     d["set_bits"] = e.set_bits;
     d["published_bits"] = e.published_bits;
     d["tau_sq"] = e.tau_sq;

@@ -31,6 +31,13 @@ DType dtype_of(const std::string& name) {
   throw py::value_error("unknown element type '" + name + "'");
 }
 
+MaskRule rule_of(const std::string& name) {
+  if (name == "published") return MaskRule::Published;
+  if (name == "magnitude") return MaskRule::Magnitude;
+  if (name == "adapted") return MaskRule::Adapted;
+  throw py::value_error("unknown rule '" + name + "'");
+}
+
 const Kernels& kernels_of(const py::object& name) {
   const std::string forced = name.is_none() ? "" : name.cast<std::string>();
   const Kernels* const kernels = find_kernels(name.is_none() ? nullptr : forced.c_str());
@@ -88,7 +95,7 @@ py::dict dict_of(const Sums& sums) {
 py::dict encode(const py::array& base, const std::vector<py::array>& tasks,
                 const std::string& dtype, const std::vector<float>& thresholds,
                 const std::string& shared_dtype, const py::object& kernels_name, unsigned threads,
-                const py::object& out, const py::object& task_dtypes) {
+                const py::object& out, const py::object& task_dtypes, const std::string& rule) {
   const Kernels& kernels = kernels_of(kernels_name);
   const DType base_dtype = dtype_of(dtype), shared_type = dtype_of(shared_dtype);
   const uint64_t n = uint64_t(base.size());
@@ -150,6 +157,7 @@ py::dict encode(const py::array& base, const std::vector<py::array>& tasks,
       e.base_dtype = base_dtype;
       e.task = task_here.data();
       e.task_dtype = task_dtype.data();
+      e.rule = rule_of(rule);
       e.threshold = thresholds.data();
       e.shared = shared + first * size_of(shared_type);
       e.shared_dtype = shared_type;
@@ -424,7 +432,7 @@ void bind_kernels(py::module_& m) {
   k.def("available", &available, "Names of the variants this CPU runs, best first.");
   k.def("encode", &encode, arg("base"), arg("tasks"), arg("dtype"), arg("thresholds"),
         arg("shared_dtype"), py::kw_only(), arg("kernels") = py::none(), arg("threads") = 1,
-        arg("out") = py::none(), arg("task_dtypes") = py::none());
+        arg("out") = py::none(), arg("task_dtypes") = py::none(), arg("rule") = "published");
   k.def("decode", &decode, arg("base"), arg("shared"), arg("mask"), arg("dtype"),
         arg("shared_dtype"), arg("out_dtype"), py::kw_only(), arg("scales") = py::none(),
         arg("gain") = 1.0f, arg("phase") = 0, arg("kernels") = py::none(), arg("threads") = 1,

@@ -86,6 +86,7 @@ bool Draft::leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uin
     EntryRecord& e = t.entries[coded[k]].record;
     e.coding = Coding::Verbatim;
     e.reason = base_nonfinite ? Reason::NonfiniteBase : Reason::NonfiniteTask;
+    e.factor = 0;
     drop(e.plane);
     drop(e.scales_plane);
     any = true;

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <mutex>
 
+#include "adapt.h"
 #include "draft.h"
 #include "float_environment.h"
-#include "merge.h"
 #include "parallel.h"
 #include "survey.h"
 #include "text.h"
@@ -126,13 +126,22 @@ std::vector<Moments> row_segments(const Kernels& kernels, const Progress& progre
   return segments;
 }
 
-// The tasks that a mean over all is a mean of: those that have the tensor in arithmetic.
-uint32_t averaged(const Draft& d, const DraftTensor& t) {
-  const size_t tasks = t.entries.size() / d.recipe.trials;
-  return static_cast<uint32_t>(
-      std::count_if(t.entries.begin(), t.entries.begin() + tasks, [](const DraftEntry& e) {
-        return e.record.coding == Coding::Base || e.record.coding == Coding::Mask;
-      }));
+MaskRule rule_of(Method method) {
+  switch (method) {
+    case Method::Tall: return MaskRule::Published;
+    case Method::Magnitude: return MaskRule::Magnitude;
+    default: return MaskRule::Adapted;
+  }
+}
+
+// The parameter of a coded task's rule for its mask.
+float threshold_of(const Draft& d, const DraftTensor& t, uint32_t task) {
+  switch (d.recipe.method) {
+    case Method::Tall: return d.tasks[task].second;
+    // The kernels ask for more than the threshold, and the cut itself is kept.
+    case Method::Magnitude: return std::nextafter(d.tasks[task].second, -1.0f);
+    default: return t.entries[task].record.factor;
+  }
 }
 
 void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress& progress,
@@ -153,50 +162,36 @@ void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress&
   buffers.values.open(d, t);
   const Values& values = buffers.values;
 
-  std::vector<float> thresholds(count), cuts;
+  std::vector<float> thresholds(count);
   std::vector<uint8_t*> masks(count);
   std::vector<TaskStats> stats(count);
   std::vector<uint64_t> agreement(count + 1);
   for (uint32_t k = 0; k < count; ++k) {
-    thresholds[k] = d.tasks[coded[k]].second;
-    if (!survey.cut.empty()) cuts.push_back(survey.cut[coded[k] % survey.cut.size()]);
+    thresholds[k] = threshold_of(d, t, coded[k]);
     buffers.mask[k].resize(kUnit / 8);
   }
-  if (d.recipe.method == Method::Magnitude) {
-    // The kernels ask for more than the threshold, and the cut itself is kept.
-    for (uint32_t k = 0; k < count; ++k) thresholds[k] = std::nextafter(cuts[k], -1.0f);
-  }
 
-  MergeBlock merging{};
-  merging.base_dtype = t.record.dtype;
-  merging.tasks = in_trial;
-  merging.task = values.task.data();
-  merging.task_dtype = values.dtype.data();
-  merging.rule = d.recipe.merge;
-  merging.averaged = averaged(d, t);
-  merging.cut = cuts.data();
-  merging.majority = survey.majority;
-
+  const Merger merger(d, t, survey);
   EncodeBlock block{};
   block.tasks = in_trial;
   block.base_dtype = t.record.dtype;
   block.task = values.task.data();
   block.task_dtype = values.dtype.data();
   block.shared_dtype = t.shared_dtype;
-  block.by_magnitude = d.recipe.method == Method::Magnitude;
+  block.rule = rule_of(d.recipe.method);
   block.agreement = agreement.data();
 
   for (uint64_t at = 0; at < n; at += step) {
-    block.n = merging.n = std::min(step, n - at);
+    block.n = std::min(step, n - at);
     buffers.values.read(first + at, block.n);
-    block.base = merging.base = values.base;
+    block.base = values.base;
     block.shared = buffers.shared.data() + at * shared_size;
     if (t.shared_dtype == DType::I8) {
       block.shared_scales = progress.shared_scales.data() + (first + at) / kScaleBlock;
     }
-    if (merging.rule != Merge::TaskArithmetic) {
+    if (d.recipe.merge != Merge::TaskArithmetic) {  // the kernels add up themselves
       buffers.merged.resize(std::max<size_t>(buffers.merged.size(), block.n));
-      merge(merging, buffers.merged.data());
+      merge(merger.block(values, block.n), buffers.merged.data());
       block.merged = buffers.merged.data();
     }
     for (uint32_t k = 0; k < count; ++k) masks[k] = buffers.mask[k].data() + at / 8;
@@ -333,6 +328,8 @@ void Encoder::run(const Options& options) {
   const Survey found = survey(d, options);
   if (d.recipe.method == Method::Magnitude) {
     for (size_t k = 0; k < d.tasks.size(); ++k) d.tasks[k].second = found.cut[k];
+  } else if (d.recipe.method == Method::Adapted) {
+    for (auto& [name, threshold] : d.tasks) threshold = static_cast<float>(kNear);
   }
 
   struct Item {
@@ -354,6 +351,7 @@ void Encoder::run(const Options& options) {
     }
   }
   for (;;) {
+    if (d.recipe.method == Method::Adapted) adapt(d, found, coded, options);
     for (uint32_t i : coded) {
       progress[i] = std::make_unique<Progress>(d.tensors[i], d.recipe.scale == ScaleMode::UnitGainRow);
       for (uint64_t u = 0; u < progress[i]->units; ++u) items.push_back({i, u});

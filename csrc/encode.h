@@ -31,6 +31,7 @@ class Encoder {
   Encoder(int fd, std::string label, std::string writer, const Recipe& recipe);
   ~Encoder();
 
+  // `threshold` is lambda; the other methods find what they store in its place.
   uint32_t add_task(std::string name, float threshold);
   // Tensors are added in ascending order of their names; every task's entry begins as absent.
   // A tensor that the base lacks has no dtype, no shape and no source.

@@ -35,7 +35,10 @@ enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External };
 enum class BaseStorage : uint8_t { Embedded = 1, Referenced };
 enum class Merge : uint8_t { TaskArithmetic = 1, Average, Ties };
 enum class ScaleMode : uint8_t { None = 0, UnitGain, UnitGainRow };
-enum class Method : uint8_t { Tall = 1, Magnitude };
+enum class Method : uint8_t { Tall = 1, Magnitude, Adapted };
+constexpr bool is_known(Method method) {
+  return method >= Method::Tall && method <= Method::Adapted;
+}
 enum class Coding : uint8_t { Base = 0, Mask, Verbatim, Absent };
 enum class Reason : uint8_t {
   None = 0, DType, Shape, NotInBase, NonfiniteTask, NonfiniteBase
@@ -100,7 +103,7 @@ struct EntryRecord {
   uint32_t dims;
   uint32_t plane, scales_plane;
   float scale;
-  uint8_t reserved[4];
+  float factor;
   uint64_t set_bits, published_bits;
   double tau_sq, dot, approx_sq;
 };

@@ -24,9 +24,12 @@ struct Sums {
 struct TaskStats {
   Sums sums;
   uint64_t set_bits;        // mask bits stored as 1
-  uint64_t published_bits;  // bits the published rule sets, those where s = 0 included
+  uint64_t published_bits;  // bits the rule sets, those where s = 0 included
   bool nonfinite;           // the task has a NaN or an infinity (never cleared by a kernel)
 };
+
+// Which elements of a task are active; mask_math.h has the formulas.
+enum class MaskRule : uint8_t { Published, Magnitude, Adapted };
 
 // One pass over n elements of a base and of all its tasks: the shared vector, the masks, the
 // statistics. Everything accumulates: the caller zeroes it before the first call of a range, and
@@ -38,15 +41,15 @@ struct EncodeBlock {
   DType base_dtype;
   const void* const* task;  // [tasks]
   const DType* task_dtype;  // [tasks]
-  const float* threshold;   // [tasks] lambda, not negative
-  bool by_magnitude;        // active is |tau| > threshold, not the TALL rule
+  MaskRule rule;
+  const float* threshold;   // [tasks] of the rule: lambda, a magnitude, or a factor of s
   const float* merged;      // [n] the multi-task vector; null: the sum of the task vectors
   void* shared;             // out: n elements of shared_dtype (I8: quantised)
   DType shared_dtype;       // F32, BF16, F16 or I8
   float* shared_scales;     // out, I8 only: one per kScaleBlock elements
   uint8_t* const* mask;     // out: [tasks] planes of (n + 7) / 8 bytes, spare bits 0
   TaskStats* stats;         // [tasks]
-  uint64_t* agreement;      // [tasks + 1] elements on which exactly k published bits are set
+  uint64_t* agreement;      // [tasks + 1] elements on which the rule sets exactly k bits
   bool base_nonfinite;      // set where the base has a NaN or an infinity
 };
 

@@ -91,6 +91,14 @@ void add_to_sums(Sums& sums, uint64_t i, float tau, float s, bool active) {
   sums.approx_sq[i % kLanes] += a * a;
 }
 
+bool obeys(MaskRule rule, float b, float t, float s, float threshold) {
+  switch (rule) {
+    case MaskRule::Published: return is_active(b, t, s, threshold);
+    case MaskRule::Magnitude: return is_large(b, t, threshold);
+    default: return follows(t - b, s, threshold);
+  }
+}
+
 void encode_block(EncodeBlock& e, uint64_t first, uint64_t n) {
   float b[kBlock], s[kBlock] = {}, t[kBlock];
   uint32_t active_tasks[kBlock] = {};
@@ -110,8 +118,7 @@ void encode_block(EncodeBlock& e, uint64_t first, uint64_t n) {
     uint8_t mask[kBlock / 8] = {};
     load(e.task[k], e.task_dtype[k], first, n, t);
     for (uint64_t i = 0; i < n; ++i) {
-      const bool published = e.by_magnitude ? is_large(b[i], t[i], e.threshold[k])
-                                            : is_active(b[i], t[i], s[i], e.threshold[k]);
+      const bool published = obeys(e.rule, b[i], t[i], s[i], e.threshold[k]);
       const bool active = published && s[i] != 0;
       mask[i / 8] |= uint8_t(active << i % 8);
       active_tasks[i] += published;

@@ -84,7 +84,13 @@ TALLCODEC_MATH bool is_active(float base, float task, float s, float threshold) 
   return magnitude(base - task) > threshold * magnitude((base + s) - task);
 }
 
-// Magnitude masks, in place of the rule above: the largest elements of the task vector.
+// Adapted masks, in place of the rule above: with factor 2c, those elements where tau / s is more
+// than c.
+TALLCODEC_MATH bool follows(float tau, float s, float factor) {
+  return magnitude(tau) > magnitude(factor * s - tau);
+}
+
+// Magnitude masks: the largest elements of the task vector.
 TALLCODEC_MATH bool is_large(float base, float task, float threshold) {
   return magnitude(task - base) > threshold;
 }

@@ -11,6 +11,10 @@ namespace {
 
 constexpr uint64_t kChunk = 512;  // elements at a time: what is computed of them stays in cache
 
+constexpr uint32_t kRatioShift = 21;               // leaves the exponent and two bits of the fraction
+constexpr uint32_t kFirstRatio = (127 - 20) << 2;  // of 2^-20
+constexpr uint32_t kHalfRatioBin = 1 << (kRatioShift - 1);
+
 template <typename T, typename Convert>
 void load(const void* array, uint64_t first, uint64_t n, float* to, Convert convert) {
   const char* from = static_cast<const char*>(array) + first * sizeof(T);
@@ -142,6 +146,28 @@ void count_magnitudes(const MergeBlock& block, uint32_t task, uint32_t upper, ui
       } else if (bits >> 16 == upper) {
         ++bins[bits & 0xffff];
       }
+    }
+  }
+}
+
+float least_ratio(uint32_t bin) {
+  return float_of(((kFirstRatio + bin) << kRatioShift) - kHalfRatioBin);
+}
+
+void add_ratios(const MergeBlock& block, uint32_t task, const float* s, RatioBin* bins) {
+  FloatEnvironment environment;
+  const float least = least_ratio(0);
+  for (uint64_t first = 0; first < block.n; first += kChunk) {
+    Chunk chunk(block, first);
+    const float* tau = chunk.task_vector(task);
+    for (uint64_t i = 0; i < chunk.size(); ++i) {
+      const float divisor = s[first + i], ratio = tau[i] / divisor;
+      if (!(ratio >= least) || divisor == 0) continue;
+      const uint32_t bin = ((float_bits(ratio) + kHalfRatioBin) >> kRatioShift) - kFirstRatio;
+      RatioBin& sums = bins[std::min(bin, kRatioBins - 1)];
+      const double t = tau[i], a = divisor;
+      sums.dot += t * a;
+      sums.approx_sq += a * a;
     }
   }
 }

@@ -1,4 +1,4 @@
-// Multi-task vectors that are no plain sum, and magnitudes counted to find the largest.
+// Multi-task vectors that are no plain sum, and what is counted of task vectors before they are coded.
 #pragma once
 #include <cstdint>
 
@@ -33,6 +33,17 @@ bool has_nonfinite(const void* array, DType dtype, uint64_t n);
 constexpr uint32_t kBins = 1 << 16;
 constexpr uint32_t kAnyUpper = 0xFFFFFFFF;
 void count_magnitudes(const MergeBlock& block, uint32_t task, uint32_t upper, uint64_t* bins);
+
+// Summing by tau / s: what m∘s would be, if its mask m had the elements of a bin. Bins are of float32
+// bit patterns, four in an octave around the numbers with two bits of fraction, 2^-20 the first: the
+// ratios that are frequent, as 1 and 1/2, are on no edge. Lesser ones are in none, and the last has no
+// end.
+struct RatioBin {
+  double dot = 0, approx_sq = 0;  // the sums of tau * s and of s * s
+};
+constexpr uint32_t kRatioBins = 96;
+float least_ratio(uint32_t bin);
+void add_ratios(const MergeBlock& block, uint32_t task, const float* s, RatioBin* bins);
 
 // The bin of the element of rank `rank`, from 0, among those counted; rank becomes that within it.
 uint32_t find_bin(const uint64_t* bins, uint64_t& rank);

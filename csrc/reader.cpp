@@ -1,5 +1,6 @@
 // Bytes to header and index. Nothing in a file is believed before it is checked here.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <unordered_set>
@@ -337,15 +338,14 @@ class Validator {
           require(all_zero(&e, sizeof e), "tensor '", index_.text(t.name),
                   "' is an alias but has an entry of its own");
         } else {
-          entry(e, t, Who{index_, i, task});
+          entry(e, t, index_.tasks[task].method, Who{index_, i, task});
         }
       }
     }
   }
 
-  void entry(const EntryRecord& e, const TensorRecord& t, const Who& who) const {
+  void entry(const EntryRecord& e, const TensorRecord& t, Method method, const Who& who) const {
     if (e.coding > Coding::Absent) return;  // of a newer writer; refused when it is asked for
-    require_zero(e.reserved, sizeof e.reserved, who);
     if (e.coding == Coding::Absent) {
       EntryRecord bare{};
       bare.coding = Coding::Absent;
@@ -356,9 +356,9 @@ class Validator {
     uint64_t n = elements(e.dims, e.rank, who);
     require_known(size_of(e.dtype) != 0, who, " has unknown element type ", int(e.dtype));
     if (e.coding != Coding::Mask) {
-      require(e.scale == 1 && e.scales_plane == kNone && !e.set_bits && !e.published_bits &&
-                  e.tau_sq == 0 && e.dot == 0 && e.approx_sq == 0,
-              who, " has no mask but statistics or scales of one");
+      require(e.scale == 1 && e.scales_plane == kNone && e.factor == 0 && !e.set_bits &&
+                  !e.published_bits && e.tau_sq == 0 && e.dot == 0 && e.approx_sq == 0,
+              who, " has no mask but statistics, scales or the factor of one");
     }
     if (e.coding == Coding::Verbatim) {
       require(e.reason != Reason::None, who, " is verbatim for no reason");
@@ -376,6 +376,11 @@ class Validator {
             " has a mask but no shared vector or no arithmetic element type");
     require(e.set_bits <= e.published_bits && e.published_bits <= n, who,
             " has impossible numbers of mask bits");
+    if (method == Method::Adapted) {
+      require(std::isnormal(e.factor) && e.factor > 0, who, " has an adapted mask but no factor");
+    } else if (is_known(method)) {
+      require(e.factor == 0, who, " has a factor but no adapted mask");
+    }
     plane(e.plane, PlaneKind::Mask, (n + 7) / 8, who);
     if (e.scales_plane != kNone) {
       require(e.scale == 1, who, " has scales per row and another scale");

@@ -23,7 +23,7 @@ class Surveyor {
 
   // Runs visit(tensor, block, worker) on every stretch of the coded tensors' values.
   template <class Visit>
-  void pass(Visit visit) {
+  void pass(const Survey& so_far, Visit visit) {
     std::vector<std::pair<uint32_t, uint64_t>> items;
     for (uint32_t i = 0; i < draft_.tensors.size(); ++i) {
       if (draft_.tensors[i].coded().empty()) continue;
@@ -36,17 +36,12 @@ class Surveyor {
       auto [tensor, first] = items[item];
       const DraftTensor& t = draft_.tensors[tensor];
       const uint64_t end = std::min(first + kUnit, t.elements());
+      const Merger merger(draft_, t, so_far);
       values[w].open(draft_, t);
       for (uint64_t at = first; at < end; at += kStep) {
-        MergeBlock block{};
-        block.n = std::min(kStep, end - at);
-        values[w].read(at, block.n);
-        block.base = values[w].base;
-        block.base_dtype = t.record.dtype;
-        block.tasks = static_cast<uint32_t>(values[w].task.size());
-        block.task = values[w].task.data();
-        block.task_dtype = values[w].dtype.data();
-        visit(t, block, w);
+        const uint64_t n = std::min(kStep, end - at);
+        values[w].read(at, n);
+        visit(t, merger.block(values[w], n), w);
       }
     });
   }
@@ -61,7 +56,7 @@ class Surveyor {
     for (size_t i = 0; i < found.size(); ++i) {
       found[i].task = std::vector<std::atomic<bool>>(draft_.tensors[i].coded().size());
     }
-    pass([&](const DraftTensor& t, const MergeBlock& b, unsigned) {
+    pass({}, [&](const DraftTensor& t, const MergeBlock& b, unsigned) {
       Found& f = found[static_cast<size_t>(&t - draft_.tensors.data())];
       if (has_nonfinite(b.base, b.base_dtype, b.n)) f.base = true;
       for (uint32_t k = 0; k < b.tasks; ++k) {
@@ -109,12 +104,9 @@ class Surveyor {
     return cut;
   }
 
-  int64_t count_signs(const std::vector<float>& cut) {
+  int64_t count_signs(const Survey& cuts) {
     std::atomic<int64_t> votes{0};
-    pass([&](const DraftTensor& t, MergeBlock& b, unsigned) {
-      std::vector<float> cuts;
-      for (uint32_t k : t.coded()) cuts.push_back(cut[k % tasks_]);
-      b.cut = cuts.data();
+    pass(cuts, [&](const DraftTensor&, const MergeBlock& b, unsigned) {
       votes += tallcodec::count_signs(b);
     });
     return votes;
@@ -127,7 +119,7 @@ class Surveyor {
                               const std::vector<uint64_t>& zeros) {
     std::vector<std::vector<uint64_t>> counts(workers_);
     for (auto& bins : counts) bins.resize(uint64_t{tasks_} * kBins);
-    pass([&](const DraftTensor& t, const MergeBlock& b, unsigned worker) {
+    pass({}, [&](const DraftTensor& t, const MergeBlock& b, unsigned worker) {
       const std::vector<uint32_t> coded = t.coded();
       for (uint32_t k = 0; k < b.tasks; ++k) {
         count_magnitudes(b, k, upper.empty() ? kAnyUpper : upper[coded[k]],
@@ -148,7 +140,37 @@ class Surveyor {
   const unsigned workers_;
 };
 
+// The tasks that a mean over all is a mean of: those that have the tensor in arithmetic.
+uint32_t averaged(const Draft& d, const DraftTensor& t) {
+  const size_t tasks = t.entries.size() / d.recipe.trials;
+  return static_cast<uint32_t>(
+      std::count_if(t.entries.begin(), t.entries.begin() + tasks, [](const DraftEntry& e) {
+        return e.record.coding == Coding::Base || e.record.coding == Coding::Mask;
+      }));
+}
+
 }  // namespace
+
+Merger::Merger(const Draft& draft, const DraftTensor& tensor, const Survey& survey) {
+  if (!survey.cut.empty()) {
+    for (uint32_t k : tensor.coded()) cuts_.push_back(survey.cut[k % survey.cut.size()]);
+  }
+  block_.base_dtype = tensor.record.dtype;
+  block_.rule = draft.recipe.merge;
+  block_.averaged = averaged(draft, tensor);
+  block_.majority = survey.majority;
+}
+
+MergeBlock Merger::block(const Values& values, uint64_t n) const {
+  MergeBlock block = block_;
+  block.n = n;
+  block.base = values.base;
+  block.tasks = static_cast<uint32_t>(values.task.size());
+  block.task = values.task.data();
+  block.task_dtype = values.dtype.data();
+  block.cut = cuts_.data();
+  return block;
+}
 
 Survey survey(Draft& draft, const Options& options) {
   const Recipe& recipe = draft.recipe;
@@ -158,7 +180,7 @@ Survey survey(Draft& draft, const Options& options) {
   Survey found;
   surveyor.leave_out_nonfinite();
   found.cut = surveyor.find_cuts(recipe.density);
-  if (ties && surveyor.count_signs(found.cut) > 0) found.majority = 1;
+  if (ties && surveyor.count_signs(found) > 0) found.majority = 1;
   return found;
 }
 

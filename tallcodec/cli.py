@@ -62,15 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--merge", default="task-arithmetic", choices=numbers.MERGES,
                      help="how the shared vector is made (default: %(default)s)")  # fmt: skip
     sub.add_argument("--threshold", action="append", metavar="[NAME=]NUMBER",
-                     help="λ of the masks, for all tasks or for one; default 0.4")  # fmt: skip
-    sub.add_argument("--method", default="tall", choices=numbers.METHODS,
+                     help="λ of the masks, for all tasks or for one (the others then have "
+                     "0.4, as published); default: auto, masks adapted to the weights")  # fmt: skip
+    sub.add_argument("--method", default="tall", choices=encoding.METHODS,
                      help="how a task is coded (default: %(default)s)")  # fmt: skip
     sub.add_argument("--density", type=float, default=0.2,
                      help="the share of each task vector that ties and magnitude masks keep "
                      "(default: %(default)s)")  # fmt: skip
-    sub.add_argument("--scale", default="none", choices=numbers.SCALES,
+    sub.add_argument("--scale", default="auto", choices=encoding.SCALES,
                      help="unit-gain keeps the length of a task vector along its own direction, "
-                     "by one factor per tensor or row (default: %(default)s)")  # fmt: skip
+                     "by one factor per tensor or row; auto: unit-gain for adapted masks, "
+                     "else none")  # fmt: skip
     sub.add_argument("--shared-dtype", default="auto", choices=numbers.SHARED_DTYPES,
                      help="how the shared vector is stored; auto: as the base")  # fmt: skip
     sub.add_argument("--base-storage", default="embed", choices=numbers.BASE_STORAGES,
@@ -122,7 +124,7 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         tasks,
         a.output,
         merge=a.merge,
-        threshold=_threshold(a.threshold or ["0.4"], tasks),
+        threshold=_threshold(a.threshold or ["auto"], tasks),
         method=a.method,
         density=a.density,
         scale=a.scale,
@@ -187,14 +189,17 @@ def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _threshold(values: Sequence[str], tasks: dict[str, str]) -> float | dict[str, float]:
+def _threshold(values: Sequence[str], tasks: dict[str, str]) -> str | float | dict[str, float]:
     """One number for all, or one per task, where a plain number stands for the tasks not named."""
+    if values == ["auto"]:
+        return "auto"
     try:
         plain = [float(v) for v in values if "=" not in v]
         pairs = _pairs("--threshold", [v for v in values if "=" in v])
         named = {name: float(value) for name, value in pairs.items()}
     except ValueError as error:
-        raise ArgumentError(f"--threshold must be a number or NAME=NUMBER: {error}") from error
+        what = "auto, a number or NAME=NUMBER"
+        raise ArgumentError(f"--threshold must be {what}: {error}") from error
     if len(plain) > 1:
         raise ArgumentError("--threshold is given twice for all tasks")
     return {**dict.fromkeys(tasks, plain[0] if plain else 0.4), **named} if named else plain[0]

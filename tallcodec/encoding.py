@@ -30,13 +30,13 @@ def encode(
     output: str | os.PathLike,
     *,
     merge: str = "task-arithmetic",
-    threshold: float | Mapping[str, float] | str = 0.4,
+    threshold: float | Mapping[str, float] | str = "auto",
     score: Score | None = None,
     grid: Iterable[float] = GRID,
     out: Mapping[str, Any] | None = None,
     method: str = "tall",
     density: float = 0.2,
-    scale: str = "none",
+    scale: str = "auto",
     shared_dtype: str = "auto",
     base_storage: str = "embed",
     metadata: Mapping[str, str] | None = None,
@@ -53,7 +53,11 @@ def encode(
       each is trimmed and a sign is elected, summed where it has that sign (arXiv 2306.01708, with
       the sum that arXiv 2405.07813 takes).
     - ``threshold``: λ of the TALL masks, one number or one per task: a parameter follows the
-      multi-task vector s where |θ₀ − θ_t| > λ·|(θ₀ + s) − θ_t| (arXiv 2405.07813); or "search".
+      multi-task vector s where |θ₀ − θ_t| > λ·|(θ₀ + s) − θ_t| (arXiv 2405.07813; its λ without
+      validation data is 0.4). "search" chooses λ by a score. "auto" adapts the masks to every task
+      and tensor, from the weights alone: a parameter follows s where τ/s > c, with the greatest c
+      that leaves the cosine of m∘s and τ at least .85 of the best one (docs/benchmarks.md says what
+      that keeps). c is found from a sample of the values, which are read in a pass before.
     - ``score``, ``grid``, ``out``: for "search". Every task is decoded with every λ of the grid,
       into the same tensors each time (of ``out``, say ``model.state_dict()``, where they are
       named there), and ``score(task, state_dict)`` says how good that is: the λ with the highest
@@ -64,7 +68,8 @@ def encode(
       ``density`` of each task vector instead, with no λ.
     - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
-      g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; "unit-gain-row" has one g per row.
+      g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; "unit-gain-row" has one g per row. "auto" is
+      "unit-gain" where the masks are adapted, else "none".
     - ``shared_dtype``: how s is stored: "float32", "bfloat16", "float16", "int8" (in blocks
       of 128), or "auto", each base tensor's own. Masks are computed against s as it is stored.
     - ``base_storage``: "embed" the base, or "reference" it by the checksums of its tensors; it is
@@ -80,12 +85,13 @@ def encode(
     ReadError, OutputExistsError or WriteError.
     """
     _choose("merge", merge, numbers.MERGES)
-    _choose("method", method, numbers.METHODS)
-    _choose("scale", scale, numbers.SCALES)
+    _choose("method", method, METHODS)
+    _choose("scale", scale, SCALES)
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
     _check_tasks(tasks)
     grid_ = _check_search(threshold, score, grid, out, method)
+    adapted = method == "tall" and isinstance(threshold, str) and threshold == "auto"
     thresholds = {} if grid_ else _thresholds(threshold, tasks)
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
@@ -100,9 +106,9 @@ def encode(
         family = _Family(base_checkpoint, checkpoints, numbers.SHARED_DTYPES[shared_dtype], threads)
         recipe = {
             "merge": numbers.MERGES[merge],
-            "method": numbers.METHODS[method],
+            "method": numbers.METHODS["adapted" if adapted else method],
             "density": density,
-            "scale": numbers.SCALES[scale],
+            "scale": numbers.SCALES[_scale(scale, adapted)],
         }
         if grid_:
             scores = _search(family, base, list(tasks), output, grid_, score, out or {}, recipe)
@@ -117,6 +123,10 @@ def encode(
         # What a reader would refuse is not to appear under the name.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return read_info(label(output), len(data), _core.File(label(output), data))
+
+
+METHODS = ("tall", "magnitude")
+SCALES = ("auto", *numbers.SCALES)
 
 
 class _Family(NamedTuple):
@@ -170,7 +180,13 @@ def _search(
             return score_trials(file, tasks, grid, score, out)
 
 
-def _choose(name: str, value: str, choices: Mapping[str, Any]) -> None:
+def _scale(scale: str, adapted: bool) -> str:
+    if scale != "auto":
+        return scale
+    return "unit-gain" if adapted else "none"
+
+
+def _choose(name: str, value: str, choices: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ArgumentError(f"{name} must be one of {known}, not {value!r}")
@@ -186,8 +202,15 @@ def _check_tasks(tasks: Mapping) -> None:
             raise ArgumentError(f"a task's name must be printable text, not {name!r}")
 
 
-def _thresholds(threshold: float | Mapping[str, float], tasks: Mapping) -> dict[str, float]:
-    """λ of every task, by name in task order."""
+def _thresholds(threshold: float | Mapping[str, float] | str, tasks: Mapping) -> dict[str, float]:
+    """λ of every task, by name in task order; anything where the masks are adapted."""
+    if isinstance(threshold, str):
+        if threshold != "auto":
+            raise ArgumentError(
+                'threshold must be a number of at least 0, one per task, "auto" or "search", '
+                f"not {threshold!r}"
+            )
+        return dict.fromkeys(tasks, 0.0)
     if isinstance(threshold, Mapping):
         if set(threshold) != set(tasks):
             odd = sorted(set(threshold) ^ set(tasks))

@@ -37,6 +37,8 @@ class TaskInfo:
     name: str
     method: str
     threshold: float
+    """λ of "tall"; of "magnitude" the smallest magnitude that is active; of "adapted" the share of
+    the best cosine that the masks of a tensor must have."""
     parameters: int
     """Elements of all tensors of the task."""
     coded_parameters: int
@@ -108,7 +110,7 @@ class FileInfo:
         )]  # fmt: skip
         for t in self.tasks:
             rows.append((
-                t.name, f"{t.threshold:g}", _3(t.bits), _3(t.density), _3(t.gain), _3(t.error),
+                t.name, _rule(t), _3(t.bits), _3(t.density), _3(t.gain), _3(t.error),
                 str(t.tensors["mask"]), str(t.tensors["as the base"]), str(t.tensors["verbatim"]),
                 str(t.tensors["absent"]),
             ))  # fmt: skip
@@ -249,6 +251,10 @@ def _scores(text: str | None) -> dict[str, dict[float, float]]:
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _rule(task: TaskInfo) -> str:
+    return f"{task.threshold:g}" if task.method == "tall" else task.method
 
 
 def _ratio(a: float, b: float) -> float:

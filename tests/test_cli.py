@@ -149,12 +149,19 @@ def test_thresholds(capsys, folder):
     def thresholds(*values):
         options = [option for value in values for option in ("--threshold", value)]
         info = json.loads(run(capsys, *ENCODE, "--overwrite", "--json", *options))
+        assert {task["method"] for task in info["tasks"]} == {"tall"}
         return [task["threshold"] for task in info["tasks"]]
 
-    assert thresholds() == [0.4, 0.4]
     assert thresholds("0.3") == [0.3, 0.3]
     assert thresholds("dtd=0.2") == [0.4, 0.2]
     assert thresholds("dtd=0.2", "1", "cars=0") == [0, 0.2]
+
+    for auto in ([], ["--threshold", "auto"]):
+        info = json.loads(run(capsys, *ENCODE, "--overwrite", "--json", *auto))
+        assert [task["method"] for task in info["tasks"]] == ["adapted"] * 2
+        assert info["scale"] == "unit-gain"
+    assert "auto" in refused(capsys, *ENCODE, "--overwrite", "--threshold", "low")
+    assert "auto" in refused(capsys, *ENCODE, "--overwrite", *auto, "--threshold", "0.4")
 
 
 def test_decode_to_shards(capsys, vision):

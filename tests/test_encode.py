@@ -122,7 +122,7 @@ def test_published_expression_over_several_units(encode, dtype):
     base = {"w": normal((3, BIG // 3), 0, dtype)}
     tasks = {t: {"w": (base["w"].astype(np.float32) + normal(base["w"].shape, k, spread=0.1))
                  .astype(dtype)} for k, t in enumerate(("cars", "dtd", "mnist"), 1)}
-    path = encode(base, tasks)
+    path = encode(base, tasks, threshold=0.4)
     b, t = to_torch(base["w"]).float(), {k: to_torch(v["w"]).float() for k, v in tasks.items()}
     s = shared_vector(b, t.values(), to_torch(base["w"]).dtype)
     with tallcodec.open(path) as file:
@@ -171,7 +171,7 @@ def test_unit_gain(encode, scale, shared_dtype):
 
 
 def test_scale_none_is_no_scale(encode):
-    file = ref.read(encode(*small_family()).read_bytes())
+    file = ref.read(encode(*small_family(), scale="none").read_bytes())
     assert {e.scale for row in file.entries for e in row} == {1.0}
     assert {e.scales_plane for row in file.entries for e in row} == {records.NONE}
 
@@ -297,7 +297,8 @@ def test_differing_float_tensor_has_a_mask_per_task(encode):
 @pytest.mark.parametrize("theirs", [np.float16, BF16])
 def test_task_of_another_dtype_keeps_it(encode, theirs):
     tuned, other = TUNED.astype(theirs), OTHER
-    info, decoded = round_trip(encode, {"w": W}, {"a": {"w": tuned}, "b": {"w": other}})
+    tasks = {"a": {"w": tuned}, "b": {"w": other}}
+    info, decoded = round_trip(encode, {"w": W}, tasks, threshold=0.4)
     assert decoded["a"]["w"].dtype == theirs and decoded["b"]["w"].dtype == np.float32
     assert info["a"].tensors["mask"] == 1
     s = torch.from_numpy((tuned.astype(np.float32) - W) + (other - W))

@@ -120,7 +120,7 @@ def test_shares_of_a_family_known_by_heart(encode):
                 "layer.0.b": np.float32([3, 0])}  # fmt: skip
     b = base | {"layer.0.w": np.float32([1, 0, 1, 0, 1, 1, 0, 2])}
     # Active: both, a, b, none, both, both (they cancel: s = 0), none, both; and a, none.
-    found = tallcodec.stats(encode(base, {"a": a, "b": b}))
+    found = tallcodec.stats(encode(base, {"a": a, "b": b}, threshold=0.4))
     assert found.trained.published.shares == [0.3, 0.3, 0.4]
     assert found.trained.stored.shares == [0, 0.5, 0.5]
     assert found.over_all(found.trained.published).shares == [0.65, 0.15, 0.2]

@@ -239,6 +239,8 @@ INVALID = {
         "cars", "mask", scales_plane=e.number(records.MASK)
     ),
     "entry: two scales": lambda e: e.entry("cars", "mask", scale=2.0),
+    "entry: a factor without an adapted mask": lambda e: e.entry("cars", "mask", factor=0.5),
+    "entry: a factor without a mask": lambda e: e.entry("cars", "head", factor=0.5),
     "entry: more bits than published": lambda e: e.entry(
         "cars", "mask", set_bits=150, published_bits=149
     ),
@@ -308,7 +310,6 @@ NEWER = {
     "shared type": lambda e: e.tensor("mask", shared_dtype=17),
     "task reserved": lambda e: e.record(records.TASK, 0, reserved=b"\1"),
     "entry type": lambda e: e.entry("cars", "head", dtype=99),
-    "entry reserved": lambda e: e.entry("cars", "mask", reserved=b"\1"),
     "plane reserved": lambda e: e.plane(records.BASE, reserved=b"\1"),
     "metadata reserved": lambda e: e.record(records.META, 0, reserved=b"\1"),
 }
@@ -358,6 +359,11 @@ def test_invalid_referenced(what):
     refuse(INVALID_REFERENCED[what], FormatError, base_storage="reference")
 
 
+@pytest.mark.parametrize("factor", [0, -0.5, math.inf, math.nan, 1e-40])
+def test_factor_of_an_adapted_mask(factor):
+    refuse(lambda e: e.entry("cars", "mask", factor=factor), FormatError, method="adapted")
+
+
 def test_rank_above_32():
     state = {"a": np.zeros((1,) * 32, F32), "b": np.zeros(1, F32)}
     editor = Editor(ref.write(state, {}, thresholds={}))
@@ -380,8 +386,10 @@ def test_alias_of_an_alias():
 UNKNOWN = {
     "plane kind": (lambda e: e.plane(records.MASK, kind=4), ("cars", "mask")),
     "plane coding": (lambda e: e.plane(records.MASK, coding=9), ("cars", "mask")),
-    "coding": (lambda e: e.entry("cars", "mask", coding=9, reserved=b"any"), ("cars", "mask")),
-    "merge": (lambda e: e.index(merge=2), None),
+    "coding": (lambda e: e.entry("cars", "mask", coding=9, factor=0.5), ("cars", "mask")),
+    "method": (lambda e: (e.record(records.TASK, 0, method=9), e.entry("cars", "mask", factor=-1)),
+               None),
+    "merge": (lambda e: e.index(merge=9), None),
     "scale": (lambda e: e.index(scale=9), None),
     "why verbatim": (lambda e: e.entry("cars", "head", reason=6), None),
 }

@@ -8,6 +8,9 @@ SUM_BLOCK = 65536  # stored bytes per checksum
 UNIT = 524288  # elements per statistics unit
 SCALE_BLOCK = 128  # elements per scale of an int8 shared vector
 LANES = 16  # float64 partial sums per statistic
+NEAR = 0.85  # share of the best cosine that adapted masks must have
+SAMPLE_BLOCK, SAMPLE_SIZE = 4096, 262144  # elements
+RATIOS = ((np.arange(96, dtype=np.uint32) + np.uint32(4 * 107) << 21) - (1 << 20)).view(np.float32)
 
 DTYPES = {number: np.dtype(dtype) for number, dtype in {
     1: np.float32, 2: np.float16, 3: ml_dtypes.bfloat16,
@@ -148,6 +151,37 @@ def load_shared(stored, scales):
 def is_active(base, task, s, threshold):
     """The published rule: |b - t| > lambda * |(b + s) - t|."""
     return np.abs(base - task) > np.float32(threshold) * np.abs((base + s) - task)
+
+
+def follows(tau, s, factor):
+    """The adapted mask: |tau| > |factor * s - tau|, which is tau / s > factor / 2."""
+    return np.abs(tau) > np.abs(np.float32(factor) * s - tau)
+
+
+def sampled(n):
+    """The indices of a tensor's elements that factors are found from: blocks of SAMPLE_BLOCK, far
+    enough apart to be about SAMPLE_SIZE elements."""
+    stride = max(1, n // SAMPLE_SIZE) * SAMPLE_BLOCK
+    return np.concatenate([np.arange(at, min(at + SAMPLE_BLOCK, n)) for at in range(0, n, stride)])
+
+
+def adapted_factor(tau, s):
+    """Twice the greatest ratio with which the cosine of m∘s and tau is NEAR the best, m being the
+    mask tau / s >= ratio. Ratios lie in the middle of those numbers with two bits of fraction, in
+    terms of their bits; the first is below 2^-20."""
+    index = sampled(tau.size)
+    tau, s = tau[index], s[index]
+    ratio = tau / s
+    kept = (ratio >= RATIOS[0]) & (s != 0)
+    tau, s, ratio = tau[kept].astype(np.float64), s[kept].astype(np.float64), ratio[kept]
+    bins = np.searchsorted(RATIOS, ratio, "right") - 1
+    dot, approx_sq = (
+        np.add.accumulate(np.bincount(bins, products, len(RATIOS))[::-1])[::-1]
+        for products in (tau * s, s * s))
+    cosine = np.where(approx_sq > 0, dot / np.sqrt(approx_sq), 0)
+    if not cosine.max() > 0:
+        return np.float32(1)
+    return 2 * RATIOS[np.flatnonzero(cosine >= NEAR * cosine.max())[-1]]
 
 
 def is_large(base, task, cut):

@@ -33,6 +33,7 @@ from .formulas import (
 from .records import (
     ABSENT,
     ABSENT_ENTRY,
+    ADAPTED,
     AS_BASE,
     AS_IS,
     BASE,
@@ -51,6 +52,7 @@ from .records import (
     MASKED,
     MAX_RANK,
     META,
+    METHODS,
     NONE,
     PLANE,
     RAW,
@@ -110,8 +112,8 @@ class Reference:
         _check(len(self.task_numbers) == len(self.tasks), "two tasks have one name")
         for task in self.tasks:
             _check_name(task.name, "a task's name", forbidden=("",))
-        self.entries = [[self._entry(t, raw) for t, raw in zip(self.tensors, row)]
-                        for row in self.entries]
+        self.entries = [[self._entry(t, raw, task.method) for t, raw in zip(self.tensors, row)]
+                        for task, row in zip(self.tasks, self.entries)]
         self.metadata = self._metadata()
         self.files = self._files()
 
@@ -269,7 +271,7 @@ class Reference:
         self._check_plane(t.scales_plane, SCALES, 4 * blocks, what)
         return t
 
-    def _entry(self, t, raw):
+    def _entry(self, t, raw, method):
         what = f"a task's tensor {t.name!r}"
         if t.alias != NONE:
             _check(raw == bytes(ENTRY.size), f"{what} is an alias with an entry of its own")
@@ -286,9 +288,9 @@ class Reference:
         _check((e.reason != 0) == (e.coding == AS_IS),
                f"{what}: a reason where there is none")
         if e.coding != MASKED:
-            statistics = e.set_bits, e.published_bits, e.tau_sq, e.dot, e.approx_sq
+            statistics = e.factor, e.set_bits, e.published_bits, e.tau_sq, e.dot, e.approx_sq
             _check(e.scale == 1 and e.scales_plane == NONE and not any(statistics),
-                   f"{what} has no mask but its scales or statistics")
+                   f"{what} has no mask but its factor, scales or statistics")
         if e.coding == AS_IS:
             self._check_plane(e.plane, VERBATIM, n * dtype.itemsize, what)
             return e
@@ -298,6 +300,10 @@ class Reference:
             return e
         _check(dtype in ARITHMETIC and t.shared_plane != NONE, f"{what}: a mask of nothing")
         _check(e.set_bits <= e.published_bits <= n, f"{what}: impossible numbers of bits")
+        if method == ADAPTED:
+            _check(np.finfo(np.float32).tiny <= e.factor < np.inf, f"{what} has no factor")
+        elif method in METHODS.values():
+            _check(e.factor == 0, f"{what} has a factor but no adapted mask")
         self._check_plane(e.plane, MASK, -(-n // 8), what)
         if e.scales_plane != NONE:
             _check(e.scale == 1, f"{what} has scales per row and another one")

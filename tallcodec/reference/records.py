@@ -17,8 +17,8 @@ RAW, ZSTD, EXTERNAL = 0, 1, 2  # plane codings
 AS_BASE, MASKED, AS_IS, ABSENT = 0, 1, 2, 3  # entry codings
 NOT_ARITHMETIC, OTHER_SHAPE, NOT_IN_BASE, NONFINITE_TASK, NONFINITE_BASE = 1, 2, 3, 4, 5
 EMBEDDED, REFERENCED = 1, 2
-TALL = 1
-METHODS = {"tall": TALL, "magnitude": 2}
+TALL, MAGNITUDE, ADAPTED = 1, 2, 3
+METHODS = {"tall": TALL, "magnitude": MAGNITUDE, "adapted": ADAPTED}
 MERGES = {"task-arithmetic": 1, "average": 2, "ties": 3}
 SCALE_MODES = {"none": 0, "unit-gain": 1, "unit-gain-row": 2}
 
@@ -52,7 +52,7 @@ TENSOR = Record("Tensor", "name:8s dims:I rank:B dtype:B shared_dtype:B in_base:
                  "shared_plane:I scales_plane:I alias:I first_count:I counts:I reserved:24s")
 TASK = Record("Task", "name:8s threshold:f method:B reserved:51s")
 ENTRY = Record("Entry", "coding:B dtype:B rank:B reason:B dims:I plane:I scales_plane:I scale:f "
-                "reserved:4s set_bits:Q published_bits:Q tau_sq:d dot:d approx_sq:d")
+                "factor:f set_bits:Q published_bits:Q tau_sq:d dot:d approx_sq:d")
 PLANE = Record("Plane", "kind:B coding:B reserved:6s offset:Q size:Q raw_size:Q first_sum:Q")
 FREE = Record("Free", "offset:Q size:Q")
 FILE_RECORD = Record("File", "scope:I plane:I name:8s")

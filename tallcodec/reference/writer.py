@@ -10,9 +10,12 @@ import zstandard
 from ..errors import ArgumentError, CheckpointError
 from .formulas import (
     ARITHMETIC,
+    NEAR,
     NUMBERS,
+    adapted_factor,
     add_up,
     finite_or_zero,
+    follows,
     hash64,
     is_active,
     is_large,
@@ -28,6 +31,7 @@ from .formulas import (
 )
 from .records import (
     ABSENT,
+    ADAPTED,
     AS_BASE,
     AS_IS,
     BASE,
@@ -41,6 +45,7 @@ from .records import (
     HEADER_SIZE,
     INDEX,
     MAGIC,
+    MAGNITUDE,
     MASK,
     MASKED,
     MAX_RANK,
@@ -62,7 +67,6 @@ from .records import (
     SCOPE_FILE,
     SHARED,
     SLOT,
-    TALL,
     TASK,
     TENSOR,
     VERBATIM,
@@ -73,16 +77,16 @@ from .records import (
 )
 
 
-def write(base, tasks, *, thresholds, merge="task-arithmetic", method="tall", density=0.2,
+def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall", density=0.2,
           scale="none", shared_dtype="auto", base_storage="embed",
           metadata=None, base_metadata=None, task_metadata=None, base_files=None, task_files=None,
           writer="tallcodec 0.1.0", force_zstd=None) -> bytes:
     """A file of `tasks` (name -> checkpoint) coded against `base`; a checkpoint is name -> array.
 
-    thresholds: lambda by task name. density: the share of each task vector that merge "ties" and
-    method "magnitude" keep. metadata, base_metadata: str -> str; base_files: name -> bytes;
-    task_metadata, task_files: such dicts by task name. force_zstd: True compresses every verbatim
-    and file plane, False none, None those that gain by it.
+    thresholds: lambda by task name, for method "tall". density: the share of each task vector that
+    merge "ties" and method "magnitude" keep. metadata, base_metadata: str -> str; base_files: name
+    -> bytes; task_metadata, task_files: such dicts by task name. force_zstd: True compresses every
+    verbatim and file plane, False none, None those that gain by it.
     """
     if scale not in SCALE_MODES or base_storage not in ("embed", "reference"):
         raise ArgumentError(f"unknown scale {scale!r} or base storage {base_storage!r}")
@@ -110,13 +114,14 @@ def write(base, tasks, *, thresholds, merge="task-arithmetic", method="tall", de
         coded[i] = {k: states[k][names[i]] for k in candidates[i] if finite[k]}
 
     # The values.
-    thresholds = [thresholds[task] for task in tasks]
     cuts, majority = None, False
     if merge == "ties" or method == "magnitude":
         with np.errstate(all="ignore"):
             cuts, majority = _survey(base, names, numbers, coded, codings, len(states), density)
-    if method == "magnitude":
-        thresholds = cuts
+    if method == "tall":
+        thresholds = [thresholds[task] for task in tasks]
+    else:
+        thresholds = cuts if method == "magnitude" else [NEAR] * len(tasks)
     encoded, masks = {}, {}
     for i in coded:
         b = base[names[i]]
@@ -279,11 +284,17 @@ def _encode(base, tasks, thresholds, dtype, mode, merge, method):
     masks, agreement = {}, np.zeros(b.size, np.int64)
     with np.errstate(all="ignore"):
         merged = finite_or_zero(merge({k: t - b for k, t in tasks.items()}))
-        stored, scales = store_shared(np.broadcast_to(merged, b.shape), dtype)
+        merged = np.broadcast_to(merged, b.shape)
+        stored, scales = store_shared(merged, dtype)
         s = load_shared(stored, scales)
         for k, t in tasks.items():
-            active = (is_active(b, t, s, thresholds[k]) if method == TALL
-                      else is_large(b, t, thresholds[k]))
+            factor = adapted_factor(t - b, merged) if method == ADAPTED else 0
+            if method == ADAPTED:
+                active = follows(t - b, s, factor)
+            elif method == MAGNITUDE:
+                active = is_large(b, t, thresholds[k])
+            else:
+                active = is_active(b, t, s, thresholds[k])
             mask = active & (s != 0)
             agreement += active
             approx = np.where(mask, s, np.float32(0))
@@ -292,8 +303,8 @@ def _encode(base, tasks, thresholds, dtype, mode, merge, method):
             total = np.zeros(3)
             for g, (tau_sq, dot, approx_sq) in zip(gains.astype(np.float64), sums):
                 total += tau_sq, g * dot, (g * approx_sq) * g
-            entry = {"scale": 1 if mode == 2 else gains[0], "set_bits": mask.sum(),
-                     "published_bits": active.sum(),
+            entry = {"scale": 1 if mode == 2 else gains[0], "factor": factor,
+                     "set_bits": mask.sum(), "published_bits": active.sum(),
                      **dict(zip(("tau_sq", "dot", "approx_sq"), total))}
             masks[k] = (np.packbits(mask, bitorder="little").tobytes(),
                         gains.tobytes() if mode == 2 else b"", entry)

@@ -162,6 +162,7 @@ struct Input {
   std::vector<char> base;
   std::vector<std::vector<char>> task;
   std::vector<float> threshold;
+  MaskRule rule;
 };
 
 struct Output {
@@ -189,7 +190,8 @@ struct Output {
 Input random_input(Random& random, size_t n, uint32_t tasks, DType base, DType task, DType shared,
                    bool mixed, Values values) {
   static const float thresholds[] = {0, 0.4f, 1, 0.2f, INFINITY, 0.6f, NAN};
-  Input in{n, tasks, base, shared, {}, {}, {}, {}};
+  static const MaskRule rules[] = {MaskRule::Published, MaskRule::Magnitude, MaskRule::Adapted};
+  Input in{n, tasks, base, shared, {}, {}, {}, {}, rules[random.below(3)]};
   const std::vector<float> b = random_values(random, n, values);
   in.base = array_of(b, base);
   for (uint32_t k = 0; k < tasks; ++k) {
@@ -239,6 +241,7 @@ Output encode(const Kernels& kernels, const Input& in, Placement place, size_t p
     e.base_dtype = in.base_dtype;
     e.task = task_here.data();
     e.task_dtype = in.task_dtype.data();
+    e.rule = in.rule;
     e.threshold = in.threshold.data();
     e.shared = shared + first * size_of(in.shared_dtype);
     e.shared_dtype = in.shared_dtype;
@@ -600,7 +603,8 @@ void test_conversions_of_variants() {
 // The smallest denormals add up like any other numbers.
 void test_denormals() {
   const float smallest = 0x1p-149f;
-  Input in{1000, 2, DType::F32, DType::F32, {DType::F32, DType::F32}, {}, {}, {0.4f, 0.4f}};
+  Input in{1000, 2, DType::F32, DType::F32, {DType::F32, DType::F32}, {}, {}, {0.4f, 0.4f},
+           MaskRule::Published};
   in.base = array_of(std::vector<float>(in.n, smallest), DType::F32);
   in.task.assign(2, array_of(std::vector<float>(in.n, 2 * smallest), DType::F32));
   const std::vector<char> twice = in.task[0];
