@@ -3,8 +3,7 @@
     python benchmarks/real_family.py
 
 Every variant encodes the eight checkpoints, decodes each, compares every mask bit and every
-decoded value with the published rule in plain PyTorch, and runs the decoded models on the test
-texts. Prints a markdown table and writes results/real_family.csv.
+decoded value with its rule in plain PyTorch, and runs the decoded models on the test texts. Prints a markdown table and writes results/real_family.csv.
 """
 
 import argparse
@@ -25,6 +24,9 @@ from minilm.evaluate import Scorer
 from tallcodec import _core
 
 VARIANTS = {
+    "TALL, adapted masks": {},
+    "TALL, adapted masks, bfloat16 shared": {"shared_dtype": "bfloat16"},
+    "TALL, adapted masks, int8 shared": {"shared_dtype": "int8"},
     "TALL, λ = .4": {"threshold": 0.4},
     "TALL, λ = 1, unit gain": {"threshold": 1.0, "scale": "unit-gain"},
     "TALL, λ = .6, unit gain": {"threshold": 0.6, "scale": "unit-gain"},
@@ -44,6 +46,7 @@ class Stored(NamedTuple):
 
     mask: torch.Tensor
     scale: float
+    factor: float  # a of an adapted mask, |τ| > |a·s − τ|
 
 
 def read_masks(path, task):
@@ -57,7 +60,7 @@ def read_masks(path, task):
             count = math.prod(tensor["shape"])
             bits = np.unpackbits(data[offset : offset + size], count=count, bitorder="little")
             mask = torch.from_numpy(bits.astype(bool)).view(tensor["shape"])
-            out[tensor["name"]] = Stored(mask, entry["scale"])
+            out[tensor["name"]] = Stored(mask, entry["scale"], entry["factor"])
     return out
 
 
@@ -87,18 +90,22 @@ class Distance(NamedTuple):
 
 
 def compare(base, tuned, decoded, shared, stored, threshold):
-    """Distance of a decoded checkpoint, once it is found to be what the published rule gives."""
+    """Distance of a decoded checkpoint, once it is found to be what its rule gives: the published
+    one, or with no threshold that of adapted masks."""
     tau_sq = dot = error_sq = 0.0
     if decoded.keys() != tuned.keys():
         raise SystemExit("decoded and original have different tensors")
     for k, b in base.items():
         t, s = tuned[k], shared[k]
-        m = (b - t).abs() > threshold * ((b + s) - t).abs()
-        mask, scale = stored.get(k, Stored(torch.zeros_like(m), 1.0))
+        mask, scale, factor = stored.get(k, Stored(torch.zeros_like(b).bool(), 1.0, 1.0))
+        if threshold is None:
+            m = (t - b).abs() > (factor * s - (t - b)).abs()
+        else:
+            m = (b - t).abs() > threshold * ((b + s) - t).abs()
         if not torch.equal(mask, m & (s != 0)):
-            raise SystemExit(f"{k}: the mask is not the published rule's")
+            raise SystemExit(f"{k}: the mask is not the rule's")
         if not torch.equal(decoded[k], torch.where(m, b + scale * s, b)):
-            raise SystemExit(f"{k}: the decoded values are not the published rule's")
+            raise SystemExit(f"{k}: the decoded values are not the rule's")
         tau, approx = t - b, decoded[k] - b
         tau_sq += float((tau * tau).sum(dtype=torch.float64))
         dot += float((tau * approx).sum(dtype=torch.float64))
@@ -137,7 +144,8 @@ def measure(name, options, family, scorer, path, threads, repeat):
             elapsed, decoded = seconds(repeat, f.decode, task)
             decode_s.append(elapsed)
             stored = read_masks(path, task)
-            distances.append(compare(base, tuned, decoded, shared, stored, options["threshold"]))
+            threshold = options.get("threshold")
+            distances.append(compare(base, tuned, decoded, shared, stored, threshold))
             scores[task] = scorer.score(task, decoded)
     gain, error = (sum(column) / len(distances) for column in zip(*distances))
     shared_bytes = info.planes["shared"] + info.planes.get("scales", 0)

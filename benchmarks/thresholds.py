@@ -17,7 +17,8 @@ tensor and task. Decoded is θ₀ + g·(m∘s). A rule is a shared vector, a mas
            sign        w_t τ_t·s > 0
            fit × F     w_t τ_t·s > F·c·s², c = ½ Σ m w_t τ_t s / Σ m s² in turns (with F = 1):
                        at F = 1 what brings a least-squares-scaled m∘s nearest to τ
-           near ρ      w_t τ_t·s > c·s², c the greatest of CS with cos(m∘s, τ) ≥ ρ × the best
+           near ρ      w_t τ_t·s > c·s², c the greatest of CS with cos(m∘s, τ) ≥ ρ × the best;
+                       encode's adapted masks are "sum, near 0.85, unit gain per tensor"
   scale    none        1
            tensor      unit gain, g = Σ τ² / Σ τ·(m∘s), per tensor
            task        the same, one for all of the task's tensors
@@ -34,10 +35,11 @@ import torch
 
 from common import RESULTS, write_csv
 from families import FAMILIES, load
+from tallcodec.reference.formulas import RATIOS
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 PUBLISHED = ("0.2", "0.3", "0.4", "0.5", "0.6")
-CS = 2.0 ** (torch.arange(-40, 13) / 4)  # c tried by "near"
+CS = torch.from_numpy(RATIOS)  # c tried by "near"
 TINY = 1e-30  # keeps quotients of sums finite where a task or a mask is empty
 
 
@@ -194,6 +196,7 @@ class Experiment:
 
     def __init__(self, name, split, limit=None):
         self.family, scorer_of = load(name)
+        self.split = split
         self.scorer = scorer_of(self.family, split, limit)
         self.base = self.family.base()
         stacks = {k: [] for k in self.base}
@@ -224,7 +227,7 @@ class Experiment:
         left = [scores[task].kl / bases[task].kl for task in scores]
         mean = scorer.mean(scores)
         return {
-            "family": self.family.folder.name, "rule": method, "kl_left": scorer.kl_left(mean),
+            "family": self.family.folder.name, "split": self.split, "rule": method, "kl_left": scorer.kl_left(mean),
             "kl_left_tasks": sum(left) / len(left), "kl_left_worst": max(left),
             "agreement": mean.agreement,
             "agreement_worst": min(score.agreement for score in scores.values()),
@@ -236,7 +239,7 @@ class Experiment:
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("families", nargs="*", default=[*FAMILIES, "minilm"])
-    ap.add_argument("--split", choices=("val", "test"), default="test")
+    ap.add_argument("--split", choices=("val", "test"), default="test", help="of the texts")
     ap.add_argument("--rules", type=int, nargs="*", help="which, by number")
     ap.add_argument("--limit", type=int, help="test texts per task")
     ap.add_argument("--threads", type=int, default=1)
@@ -249,7 +252,7 @@ def main():
         for rule in [RULES[i] for i in args.rules or range(len(RULES))]:
             start = time.perf_counter()
             rows.append(experiment.row(str(rule), *experiment.score(rule)))
-            cells = [f"{v:.4f}" for v in list(rows[-1].values())[2:]]
+            cells = [f"{v:.4f}" for v in list(rows[-1].values())[3:]]
             seconds = time.perf_counter() - start
             print(f"{name:7} {rule!s:48}", *cells, f"{seconds:.1f}s", flush=True)
     write_csv(args.out, rows)

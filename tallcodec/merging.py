@@ -85,7 +85,8 @@ def merge(
     """Merge the tasks of a `.tall` file into one model, from its shared vector s and its masks m_t.
 
     ``method`` is "consensus": θ₀ + α·s where at least ``min_tasks`` masks are set, else θ₀ (arXiv
-    2405.07813); it takes whichever vector the file has. Or it is how that vector was made,
+    2405.07813, whose masks are those of a λ: encode with a ``threshold``); it takes whichever
+    vector and masks the file has. Or it is how that vector was made,
     "task-arithmetic", "average" or "ties": θ₀ + α·s everywhere. Arithmetic is float32, one rounding
     per operation, the last one to the base's dtype.
 
@@ -211,7 +212,7 @@ def _merge_checkpoints(
             shared_dtype="float32",
             base_storage="reference",
             threads=options.get("threads"),
-            **recipe,
+            **{"threshold": 0.4, **recipe},  # as published, where the masks count at all
         )
         return merge(path, output, method=method or vector, base=base, **options)
 
