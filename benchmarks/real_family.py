@@ -3,7 +3,8 @@
     python benchmarks/real_family.py
 
 Every variant encodes the eight checkpoints, decodes each, compares every mask bit and every
-decoded value with its rule in plain PyTorch, and runs the decoded models on the test texts. Prints a markdown table and writes results/real_family.csv.
+decoded value with its rule in plain PyTorch, and runs the decoded models on the test texts.
+Prints a markdown table and writes results/real_family.csv.
 """
 
 import argparse

@@ -227,7 +227,8 @@ class Experiment:
         left = [scores[task].kl / bases[task].kl for task in scores]
         mean = scorer.mean(scores)
         return {
-            "family": self.family.folder.name, "split": self.split, "rule": method, "kl_left": scorer.kl_left(mean),
+            "family": self.family.folder.name, "split": self.split, "rule": method,
+            "kl_left": scorer.kl_left(mean),
             "kl_left_tasks": sum(left) / len(left), "kl_left_worst": max(left),
             "agreement": mean.agreement,
             "agreement_worst": min(score.agreement for score in scores.values()),

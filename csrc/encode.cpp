@@ -39,9 +39,14 @@ Moments moments(const Sums& s) {
   return {add_lanes(s.tau_sq), add_lanes(s.dot), add_lanes(s.approx_sq)};
 }
 
+// How long a decoded task vector may be, in lengths of the task vector: where a mask follows it so
+// little that unit gain takes more, what else there is in it would do harm.
+constexpr double kLongest = 3;
+
 // The scale that makes the gain 1, and what it makes of the moments.
 float unit_gain(const Moments& m) {
-  float g = static_cast<float>(m.tau_sq / m.dot);
+  const double longest = kLongest * std::sqrt(m.tau_sq / m.approx_sq);
+  float g = static_cast<float>(std::min(m.tau_sq / m.dot, longest));
   return g > 0 && std::isnormal(g) ? g : 1.0f;
 }
 

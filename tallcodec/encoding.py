@@ -68,8 +68,9 @@ def encode(
       ``density`` of each task vector instead, with no λ.
     - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
-      g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; "unit-gain-row" has one g per row. "auto" is
-      "unit-gain" where the masks are adapted, else "none".
+      g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩, unless τ̂ would be more than 3 times as long as
+      τ (g makes it 3 times then); "unit-gain-row" has one g per row. "auto" is "unit-gain" where
+      the masks are adapted, else "none".
     - ``shared_dtype``: how s is stored: "float32", "bfloat16", "float16", "int8" (in blocks
       of 128), or "auto", each base tensor's own. Masks are computed against s as it is stored.
     - ``base_storage``: "embed" the base, or "reference" it by the checksums of its tensors; it is

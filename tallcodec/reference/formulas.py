@@ -8,6 +8,7 @@ SUM_BLOCK = 65536  # stored bytes per checksum
 UNIT = 524288  # elements per statistics unit
 SCALE_BLOCK = 128  # elements per scale of an int8 shared vector
 LANES = 16  # float64 partial sums per statistic
+LONGEST = 3  # a decoded task vector, in lengths of the task vector
 NEAR = 0.85  # share of the best cosine that adapted masks must have
 SAMPLE_BLOCK, SAMPLE_SIZE = 4096, 262144  # elements
 RATIOS = ((np.arange(96, dtype=np.uint32) + np.uint32(4 * 107) << 21) - (1 << 20)).view(np.float32)
@@ -237,8 +238,10 @@ def row_sums(tau, approx, rows):
 
 
 def unit_gain(sums):
-    """g = sum tau² / sum tau·a in float32; 1 where that is not positive, finite and normal."""
-    g = np.float32(sums[0] / sums[1])
+    """g = sum tau² / sum tau·a, or where that is less what makes g·a LONGEST times as long as tau, in
+    float32; 1 where it is not positive, finite and normal."""
+    tau_sq, dot, approx_sq = sums
+    g = np.float32(min(tau_sq / dot, LONGEST * np.sqrt(tau_sq / approx_sq)))
     return g if np.finfo(np.float32).tiny <= g < np.inf else np.float32(1)
 
 
