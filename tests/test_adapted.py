@@ -91,12 +91,12 @@ def test_no_decoded_task_vector_is_more_than_three_times_as_long(tmp_path, scale
     base = {"w": np.zeros(100, np.float32)}
     small = np.float32([0.01] * 6 + [-0.01] * 4 + [0] * 90)
     tasks = {"large": {"w": np.ones(100, np.float32)}, "small": {"w": small}}
-    info = tallcodec.encode(base, tasks, tmp_path / "a.tall", method="magnitude", density=0.1,
+    info = tallcodec.encode(base, tasks, tmp_path / "a.tall", method="magnitude", density=0.09,
                             scale=scale)  # fmt: skip
     with tallcodec.open(tmp_path / "a.tall", "np") as file:
         longer = np.linalg.norm(file.decode("small")["w"]) / np.linalg.norm(small)
     assert longer == pytest.approx(3, abs=1e-5)
-    assert info.tasks[1].gain == pytest.approx(0.6, abs=0.01)
+    assert info.tasks[1].gain == pytest.approx(0.6, abs=0.05)
 
 
 def test_it_is_the_default_and_the_published_rule_one_argument_away(tmp_path):

@@ -238,7 +238,7 @@ def row_sums(tau, approx, rows):
 
 
 def unit_gain(sums):
-    """g = sum tau² / sum tau·a, or where that is less what makes g·a LONGEST times as long as tau, in
+    """g = sum tau² / sum tau·a, or where less, what makes g·a LONGEST times as long as tau, in
     float32; 1 where it is not positive, finite and normal."""
     tau_sq, dot, approx_sq = sums
     g = np.float32(min(tau_sq / dot, LONGEST * np.sqrt(tau_sq / approx_sq)))
