@@ -83,6 +83,14 @@ def families():
         "base_files": files, "task_files": {"dtd": files | {"empty.txt": b""}},
     }  # fmt: skip
 
+    two = [{"a": task(w, 1), "v": task(values(9, 2), 1)}, {"a": task(w, 2), "v": values(9, 2)}]
+    for name, options in (
+        ("adapted", {"method": "adapted", "scale": "unit-gain"}),
+        ("ties", {"merge": "ties"}),
+        ("average-magnitude", {"merge": "average", "method": "magnitude", "density": 0.3}),
+    ):
+        yield name, {"a": w, "v": values(9, 2)}, two, options
+
 
 def build():
     """Name, bytes, and the base where the file only references it."""
