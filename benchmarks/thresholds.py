@@ -20,14 +20,16 @@ tensor and task. Decoded is θ₀ + g·(m∘s). A rule is a shared vector, a mas
            near ρ      w_t τ_t·s > c·s², c the greatest of CS with cos(m∘s, τ) ≥ ρ × the best;
                        encode's adapted masks are "sum, near 0.85, unit gain per tensor"
   scale    none        1
-           tensor      unit gain, g = Σ τ² / Σ τ·(m∘s), per tensor
+           tensor      unit gain, g = Σ τ² / Σ τ·(m∘s), per tensor, but ‖g·(m∘s)‖ ≤ 3·‖τ‖
            task        the same, one for all of the task's tensors
            least squares, middle   g·cos² and g·|cos|, per tensor, g the unit gain
 
-Prints a line per family and rule, and writes them to --out (results/thresholds.csv).
+Prints a line per family, split of its texts and rule, and writes them to --out
+(results/thresholds.csv).
 """
 
 import argparse
+import itertools
 import time
 from typing import NamedTuple
 
@@ -35,7 +37,7 @@ import torch
 
 from common import RESULTS, write_csv
 from families import FAMILIES, load
-from tallcodec.reference.formulas import RATIOS
+from tallcodec.reference.formulas import LONGEST, RATIOS
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 PUBLISHED = ("0.2", "0.3", "0.4", "0.5", "0.6")
@@ -126,9 +128,11 @@ def near_mask(tau, s, rho):
 
 
 def unit_gain(tau, kept):
-    """Σ τ² / Σ τ·kept, and 1 where that has no sense."""
-    dot = dots(tau, kept)
-    return torch.where(dot > 0, dots(tau, tau) / dot.clamp(min=TINY), 1.0).float()
+    """Σ τ² / Σ τ·kept, or less where g·kept would be too long; 1 where that has no sense."""
+    dot, square = dots(tau, kept), dots(tau, tau)
+    longest = LONGEST * (square / dots(kept, kept).clamp(min=TINY)).sqrt()
+    gain = torch.minimum(square / dot.clamp(min=TINY), longest)
+    return torch.where(dot > 0, gain, 1.0).float()
 
 
 def weights(rule, vectors):
@@ -240,7 +244,7 @@ class Experiment:
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("families", nargs="*", default=[*FAMILIES, "minilm"])
-    ap.add_argument("--split", choices=("val", "test"), default="test", help="of the texts")
+    ap.add_argument("--splits", nargs="*", choices=("val", "test"), default=["val", "test"])
     ap.add_argument("--rules", type=int, nargs="*", help="which, by number")
     ap.add_argument("--limit", type=int, help="test texts per task")
     ap.add_argument("--threads", type=int, default=1)
@@ -248,14 +252,14 @@ def main():
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    for name in args.families:
-        experiment = Experiment(name, args.split, args.limit)
+    for name, split in itertools.product(args.families, args.splits):
+        experiment = Experiment(name, split, args.limit)
         for rule in [RULES[i] for i in args.rules or range(len(RULES))]:
             start = time.perf_counter()
             rows.append(experiment.row(str(rule), *experiment.score(rule)))
             cells = [f"{v:.4f}" for v in list(rows[-1].values())[3:]]
             seconds = time.perf_counter() - start
-            print(f"{name:7} {rule!s:48}", *cells, f"{seconds:.1f}s", flush=True)
+            print(f"{name:7} {split:5} {rule!s:48}", *cells, f"{seconds:.1f}s", flush=True)
     write_csv(args.out, rows)
 
 
