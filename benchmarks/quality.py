@@ -2,14 +2,14 @@
 
     PYTHONPATH=benchmarks python benchmarks/quality.py [--families minilm] [--methods TIES,EMR]
 
-Every method of methods.py turns the tasks of a family, and of its first 8, 4 and 2, into what it
-stores; every task is decoded and scored on test texts. A score depends on the decoded checkpoint
-alone, so it is kept in the cache under a hash of that; a row is kept under a hash of the
-code. An interrupted run goes on where it stopped, and measuring seconds again (--force) scores
-nothing again.
+Every method of methods.py turns the tasks of a family, and of MiniLM the first 4 and 2 of them,
+into what it stores; every task is decoded and scored on test texts. A score depends on the
+decoded checkpoint alone, so it is kept in the cache under a hash of that; a row is kept under a
+hash of the code. An interrupted run goes on where it stopped, and measuring seconds again
+(--force) scores nothing again.
 
 A run of all methods and subsets writes results/quality.csv and, with --docs, docs/quality-*.svg and
-what is between the markers quality:begin and quality:end in docs/benchmarks.md.
+what is between the markers quality:begin and quality:end in docs/quality.md.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from tallcodec import _core
 
 CSV = RESULTS / "quality.csv"
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "benchmarks.md"
+PAGE = DOCS / "quality.md"
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
-SUBSETS = 8, 4, 2  # the first tasks, besides all of them
+SUBSETS = {"minilm": (4, 2)}  # how many of the first tasks, besides all of them
 MAX_SETTINGS = 45  # characters in a table: λ of eight tasks, not of forty
 
 COLUMNS = {  # of the tables: heading and format
@@ -54,10 +54,10 @@ LEGEND = """
     *models*: bytes ÷ one checkpoint's; *ratio*: separate checkpoints' bytes ÷ bytes; *bits*: all
     bytes, base included, per parameter and task; *task bits*: what a further task adds, per
     parameter. *normalised*: mean over the tasks of decoded ÷ fine-tuned accuracy; *worst task*: the
-    lowest of these. The other columns are those of the real family above. A searched λ or α is the
-    best on validation texts; its encode seconds leave the scoring out. ᶜ: no file, bytes
-    computed from the parts, seconds of a PyTorch prototype in memory, where base and merged models
-    are as well. **Bold**: nothing else is at once smaller and closer (bytes, KL left)."""
+    lowest of these. The other columns are those of the [real family](benchmarks.md). A searched λ
+    or α is the best on validation texts; its encode seconds leave the scoring out. ᶜ: no file,
+    bytes computed from the parts, seconds of a PyTorch prototype in memory, where base and merged
+    models are as well. **Bold**: nothing else is at once smaller and closer (bytes, KL left)."""
 
 
 class Bench:
@@ -218,7 +218,7 @@ def front(rows: list[dict]) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Tables and plots of all families, for docs/benchmarks.md."""
+    """Tables and plots of all families, for docs/quality.md."""
     parts = [" ".join(LEGEND.split())]
     for (family, count), group in grouped(rows).items():
         best = {row["method"] for row in front(group)}
@@ -277,7 +277,7 @@ def write_docs(rows: list[dict]) -> None:
 
 
 def _around_markers() -> tuple[str, str]:
-    """What stands before and after the tables in docs/benchmarks.md."""
+    """What stands before and after the tables in docs/quality.md."""
     text = PAGE.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{PAGE}: the tables go between {BEGIN} and {END}: write them in, once")
@@ -293,9 +293,9 @@ def chosen_methods(names: str | None) -> list[Method]:
     return sorted(chosen, key=lambda method: method.searches)
 
 
-def subsets(tasks: list[str], only: str | None) -> list[list[str]]:
-    """The tasks, and the first 8, 4 and 2 of them."""
-    counts = [len(tasks), *(n for n in SUBSETS if n < len(tasks))]
+def subsets(family: str, tasks: list[str], only: str | None) -> list[list[str]]:
+    """The tasks, and where a family has such subsets the first of them."""
+    counts = [len(tasks), *SUBSETS.get(family, ())]
     wanted = [int(n) for n in only.split(",")] if only else counts
     return [tasks[:n] for n in counts if n in wanted]
 
@@ -304,7 +304,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("--families", default=",".join(("minilm", *families.FAMILIES)))
     ap.add_argument("--methods", help="words in the names of those to run, with commas between")
-    ap.add_argument("--tasks", help="how many: 8,4,2 or some of them")
+    ap.add_argument("--tasks", help="how many, as 4,2")
     ap.add_argument("--limit", type=int, help="texts per task")
     ap.add_argument("--repeat", type=int, default=3, help="timed runs of every encode and decode")
     ap.add_argument("--threads", type=int, default=2)
@@ -323,7 +323,7 @@ def main():
     methods, rows, failed = chosen_methods(args.methods), [], []
     for name in args.families.split(","):
         bench = Bench(name, args.limit, args.threads, args.cache)
-        for tasks in subsets(bench.family.tasks, args.tasks):
+        for tasks in subsets(name, bench.family.tasks, args.tasks):
             done = []
             for method in methods:
                 print(f"{name} {len(tasks)}: {method.name} ", end="", flush=True)
