@@ -76,6 +76,7 @@ def merge(
     scale: float | None = None,
     score: Callable[[dict[str, Any]], float] | None = None,
     grid: Iterable[float] = GRID,
+    out: Mapping[str, Any] | None = None,
     base: Checkpoint | None = None,
     framework: str = "pt",
     threads: int | None = None,
@@ -92,7 +93,8 @@ def merge(
 
     α is ``scale``, rounded to float32 (default 1); or, where ``score`` is given, the number of
     ``grid`` for which ``score(state_dict)`` is highest, the smallest of equals. It is called with
-    one dict, whose tensors are filled anew for each α.
+    one dict, whose tensors (those of ``out``, say ``model.state_dict()``, where they are named
+    there) are filled anew for each α.
 
     The merged model has the base's tensors. Where a task holds one verbatim, that task is not in
     the merger: see MergeInfo. Without ``output`` the state dict is returned, its ``info`` the
@@ -113,13 +115,18 @@ def merge(
     if score is not None and not callable(score):
         raise ArgumentError(f"score must be a function of a state dict, not {score!r}")
     scales = [_scale(1.0 if scale is None else scale)] if score is None else _grid(grid)
+    if out is not None and not isinstance(out, Mapping):
+        raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
     if output is not None:
+        if out is not None and score is None:
+            raise ArgumentError("out is for a score, or where there is no output")
         _check_output(output, (path, base), overwrite)
 
     with open_file(path, framework, base, threads=threads) as file:
         merger = _Merger(file, method, min_tasks)
-        state, pointers = (None, []) if output is not None and score is None else merger.empty()
-        scores = {}
+        state, pointers, scores = None, [], {}
+        if output is None or score:
+            state, pointers = merger.tensors(out or {})
         for alpha in scales if score else ():
             merger.fill(pointers, alpha)
             scores[alpha] = check_score(score(state), f"score(…) at scale {alpha:g}")
@@ -256,9 +263,15 @@ class _Merger:
         self._tensors = {n: file._tensor(n) for n in file._names(_core.NONE)}
         self.specs = {n: file._info(_core.NONE, t)[:2] for n, t in self._tensors.items()}
 
-    def empty(self) -> tuple[dict[str, Any], list[tuple[str, int]]]:
-        """A state dict that is not filled, and where its tensors' memory is."""
-        made = {n: frameworks.empty(self._file._framework, *s) for n, s in self.specs.items()}
+    def tensors(self, out: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+        """A state dict that is not filled, of the caller's tensors where there are any, and where
+        its tensors' memory is."""
+        made = {
+            name: (out[name], frameworks.address(name, out[name], *spec))
+            if name in out
+            else frameworks.empty(self._file._framework, *spec)
+            for name, spec in self.specs.items()
+        }
         self._memory = [tensor for tensor, _ in made.values()]  # whatever becomes of the dict
         state = {name: tensor for name, (tensor, _) in made.items()}
         return state, [(name, pointer) for name, (_, pointer) in made.items()]

@@ -166,6 +166,26 @@ def test_score_chooses_the_scale_in_one_state_dict(small_file, tmp_path):
     assert info.scale == min(info.scores, key=lambda scale: -info.scores[scale])
 
 
+def test_out_is_filled_in_place(small_file, tmp_path):
+    model = torch_state(small_family()[0]) | {"head": torch.zeros(3)}
+    del model["a.bias"]
+
+    def score(state):
+        assert all(state[name] is model[name] for name in ("a.weight", "b.weight"))
+        return -float(state["a.weight"].norm())
+
+    expected = tallcodec.merge(small_file, scale=0.2)
+    merged = tallcodec.merge(small_file, score=score, grid=[0.2, 0.3], out=model)
+    assert_equal(merged, tallcodec.merge(small_file, scale=merged.info.scale))
+    assert merged["a.weight"] is model["a.weight"] and not model["head"].any()
+    tallcodec.merge(small_file, tmp_path / "m.pt", score=score, out=model)
+    merged = tallcodec.merge(small_file, scale=0.2, out=model)
+    assert merged["b.weight"] is model["b.weight"]
+    assert_equal(merged, expected)
+    with pytest.raises(errors.TensorMismatchError, match="a.weight"):
+        tallcodec.merge(small_file, out={"a.weight": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("value", [float("nan"), "good", None])
 def test_scores_that_are_no_numbers(small_file, tmp_path, value):
     with pytest.raises(errors.ArgumentError, match=r"scale 0\.1 gave"):
@@ -193,6 +213,7 @@ def test_a_score_that_raises_leaves_nothing(small_file, tmp_path):
     ({"min_tasks": 3}, "has 2 tasks"), ({"min_tasks": True}, "whole number"),
     ({"scale": float("nan")}, "finite"), ({"scale": 1e39}, "finite"), ({"scale": "1"}, "finite"),
     ({"score": 3}, "function"), ({"score": len, "scale": 1.0}, "exclude"),
+    ({"out": {}}, "out is for a score"), ({"score": len, "out": [1]}, "out must map"),
     ({"score": len, "grid": []}, "empty"), ({"score": len, "grid": [float("inf")]}, "finite"),
 ])  # fmt: skip
 def test_bad_arguments(small_file, tmp_path, arguments, message):
