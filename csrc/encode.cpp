@@ -8,6 +8,7 @@
 #include "adapt.h"
 #include "draft.h"
 #include "float_environment.h"
+#include "merge.h"
 #include "parallel.h"
 #include "survey.h"
 #include "text.h"
@@ -39,15 +40,15 @@ Moments moments(const Sums& s) {
   return {add_lanes(s.tau_sq), add_lanes(s.dot), add_lanes(s.approx_sq)};
 }
 
-// How long a decoded task vector may be, in lengths of the task vector: where a mask follows it so
-// little that unit gain takes more, what else there is in it would do harm.
-constexpr double kLongest = 3;
+// Of the least-squares scale, how much unit gain may take: 9 times it makes the gain 1 where the cosine
+// of m∘s and tau is 1/3, and tau three times as long. What follows tau less does more harm than good.
+constexpr double kMost = 9;
 
-// The scale that makes the gain 1, and what it makes of the moments.
+// The scale that makes the gain 1, or what is allowed of it, and what it makes of the moments.
 float unit_gain(const Moments& m) {
-  const double longest = kLongest * std::sqrt(m.tau_sq / m.approx_sq);
-  float g = static_cast<float>(std::min(m.tau_sq / m.dot, longest));
-  return g > 0 && std::isnormal(g) ? g : 1.0f;
+  if (m.approx_sq > 0 && !(m.dot > 0)) return 0;
+  const float g = static_cast<float>(std::min(m.tau_sq / m.dot, kMost * (m.dot / m.approx_sq)));
+  return std::isnormal(g) ? g : 1.0f;
 }
 
 Moments scaled(const Moments& m, float scale) {

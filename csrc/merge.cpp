@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "float_environment.h"
+#include "kernels.h"
 #include "mask_math.h"
 
 namespace tallcodec {
@@ -11,9 +12,9 @@ namespace {
 
 constexpr uint64_t kChunk = 512;  // elements at a time: what is computed of them stays in cache
 
-constexpr uint32_t kRatioShift = 21;               // leaves the exponent and two bits of the fraction
-constexpr uint32_t kFirstRatio = (127 - 20) << 2;  // of 2^-20
-constexpr uint32_t kHalfRatioBin = 1 << (kRatioShift - 1);
+constexpr int32_t kRatioShift = 21;  // leaves the exponent and two bits of the fraction
+constexpr int32_t kBeforeRatios = ((127 - 20) << 2) - 1;  // bin 0, in effect: bin 1 is of 2^-20
+constexpr int32_t kHalfRatioBin = 1 << (kRatioShift - 1);
 
 template <typename T, typename Convert>
 void load(const void* array, uint64_t first, uint64_t n, float* to, Convert convert) {
@@ -150,24 +151,42 @@ void count_magnitudes(const MergeBlock& block, uint32_t task, uint32_t upper, ui
   }
 }
 
+void round_to_shared(DType dtype, uint64_t n, float* s) {
+  FloatEnvironment environment;
+  if (dtype == DType::F16) {
+    for (uint64_t i = 0; i < n; ++i) s[i] = f16_to_f32(f32_to_f16(clamp_to(s[i], kMaxF16)));
+  } else if (dtype == DType::BF16) {
+    for (uint64_t i = 0; i < n; ++i) s[i] = bf16_to_f32(f32_to_bf16(clamp_to(s[i], kMaxBF16)));
+  } else if (dtype == DType::I8) {
+    for (uint64_t first = 0; first < n; first += kScaleBlock) {
+      const uint64_t end = std::min<uint64_t>(first + kScaleBlock, n);
+      float absmax = 0;
+      for (uint64_t i = first; i < end; ++i) absmax = std::max(absmax, magnitude(s[i]));
+      const float scale = int8_scale(absmax);
+      for (uint64_t i = first; i < end; ++i) s[i] = dequantise(quantise(s[i], scale), scale);
+    }
+  }
+}
+
 float least_ratio(uint32_t bin) {
-  return float_of(((kFirstRatio + bin) << kRatioShift) - kHalfRatioBin);
+  return float_of(((kBeforeRatios + bin) << kRatioShift) - kHalfRatioBin);
 }
 
 void add_ratios(const MergeBlock& block, uint32_t task, const float* s, RatioBin* bins) {
   FloatEnvironment environment;
-  const float least = least_ratio(0);
   for (uint64_t first = 0; first < block.n; first += kChunk) {
     Chunk chunk(block, first);
     const float* tau = chunk.task_vector(task);
     for (uint64_t i = 0; i < chunk.size(); ++i) {
-      const float divisor = s[first + i], ratio = tau[i] / divisor;
-      if (!(ratio >= least) || divisor == 0) continue;
-      const uint32_t bin = ((float_bits(ratio) + kHalfRatioBin) >> kRatioShift) - kFirstRatio;
-      RatioBin& sums = bins[std::min(bin, kRatioBins - 1)];
-      const double t = tau[i], a = divisor;
+      // No branch on what is as good as random: negative ratios have negative bits. Where s is zero the
+      // ratio may be anything, tau infinite, and nothing is added.
+      const uint32_t bits = float_bits(tau[i] / s[first + i]);
+      const auto bin = static_cast<int32_t>((bits + kHalfRatioBin) >> kRatioShift) - kBeforeRatios;
+      RatioBin& sums = bins[std::clamp<int32_t>(bits >> 31 ? 0 : bin, 0, kRatioBins - 1)];
+      const double a = s[first + i], t = a != 0 ? tau[i] : 0;
       sums.dot += t * a;
       sums.approx_sq += a * a;
+      sums.count += a != 0;
     }
   }
 }

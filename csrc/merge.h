@@ -34,15 +34,20 @@ constexpr uint32_t kBins = 1 << 16;
 constexpr uint32_t kAnyUpper = 0xFFFFFFFF;
 void count_magnitudes(const MergeBlock& block, uint32_t task, uint32_t upper, uint64_t* bins);
 
+// Rounds finite values to the type of a shared vector, and back: s as a decoder will see it. An int8
+// scale's block begins at the first of them.
+void round_to_shared(DType dtype, uint64_t n, float* s);
+
 // Summing by tau / s: what m∘s would be, if its mask m had the elements of a bin. Bins are of float32
-// bit patterns, four in an octave around the numbers with two bits of fraction, 2^-20 the first: the
-// ratios that are frequent, as 1 and 1/2, are on no edge. Lesser ones are in none, and the last has no
-// end.
+// bit patterns, four in an octave around the numbers with two bits of fraction, 2^-20 those of bin 1:
+// the ratios that are frequent, as 1 and 1/2, are on no edge. Bin 0 has all that is less; the last has
+// no end.
 struct RatioBin {
   double dot = 0, approx_sq = 0;  // the sums of tau * s and of s * s
+  uint64_t count = 0;
 };
-constexpr uint32_t kRatioBins = 96;
-float least_ratio(uint32_t bin);
+constexpr uint32_t kRatioBins = 97;
+float least_ratio(uint32_t bin);  // of a bin but the first
 void add_ratios(const MergeBlock& block, uint32_t task, const float* s, RatioBin* bins);
 
 // The bin of the element of rank `rank`, from 0, among those counted; rank becomes that within it.

@@ -110,8 +110,10 @@ def entry_value_by_value(b, t, s, threshold, rows, mode):
             for p, q in ((tau, tau), (tau, approx), (approx, approx))
         )
         g = F32(1)
-        if mode and dot > 0:
-            quotient = F32(min(tau_sq / dot, 3 * math.sqrt(tau_sq / approx_sq)))
+        if mode and approx_sq and dot <= 0:
+            g = F32(0)
+        elif mode and dot:
+            quotient = F32(min(tau_sq / dot, 9 * (dot / approx_sq)))
             g = quotient if 2**-126 <= quotient < math.inf else g
         gains.append(g)
         for i, term in enumerate((tau_sq, float(g) * dot, float(g) * approx_sq * float(g))):

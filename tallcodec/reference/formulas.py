@@ -8,9 +8,9 @@ SUM_BLOCK = 65536  # stored bytes per checksum
 UNIT = 524288  # elements per statistics unit
 SCALE_BLOCK = 128  # elements per scale of an int8 shared vector
 LANES = 16  # float64 partial sums per statistic
-LONGEST = 3  # a decoded task vector, in lengths of the task vector
+MOST = 9  # unit gain, in least-squares scales
 NEAR = 0.85  # share of the best cosine that adapted masks must have
-SAMPLE_BLOCK, SAMPLE_SIZE = 4096, 262144  # elements
+SAMPLE_BLOCK, SAMPLE_SIZE, FEW = 4096, 65536, 1024  # elements
 RATIOS = ((np.arange(96, dtype=np.uint32) + np.uint32(4 * 107) << 21) - (1 << 20)).view(np.float32)
 
 DTYPES = {number: np.dtype(dtype) for number, dtype in {
@@ -167,11 +167,16 @@ def sampled(n):
 
 
 def adapted_factor(tau, s):
+    """The factor from a sample, or from all elements where few of it have a ratio that counts."""
+    index = sampled(tau.size)
+    counted = (s[index] != 0) & (tau[index] / s[index] >= RATIOS[0])
+    return ratio_factor(tau, s) if counted.sum() < FEW else ratio_factor(tau[index], s[index])
+
+
+def ratio_factor(tau, s):
     """Twice the greatest ratio with which the cosine of m∘s and tau is NEAR the best, m being the
     mask tau / s >= ratio. Ratios lie in the middle of those numbers with two bits of fraction, in
     terms of their bits; the first is below 2^-20."""
-    index = sampled(tau.size)
-    tau, s = tau[index], s[index]
     ratio = tau / s
     kept = (ratio >= RATIOS[0]) & (s != 0)
     tau, s, ratio = tau[kept].astype(np.float64), s[kept].astype(np.float64), ratio[kept]
@@ -238,10 +243,12 @@ def row_sums(tau, approx, rows):
 
 
 def unit_gain(sums):
-    """g = sum tau² / sum tau·a, or where less, what makes g·a LONGEST times as long as tau, in
-    float32; 1 where it is not positive, finite and normal."""
+    """g = sum tau² / sum tau·a, at most MOST times the least-squares scale, as float32; 1 where
+    that is not finite and normal. 0 where a does not follow tau at all."""
     tau_sq, dot, approx_sq = sums
-    g = np.float32(min(tau_sq / dot, LONGEST * np.sqrt(tau_sq / approx_sq)))
+    if approx_sq > 0 and not dot > 0:
+        return np.float32(0)
+    g = np.float32(min(tau_sq / dot, MOST * (dot / approx_sq)))
     return g if np.finfo(np.float32).tiny <= g < np.inf else np.float32(1)
 
 

@@ -284,11 +284,10 @@ def _encode(base, tasks, thresholds, dtype, mode, merge, method):
     masks, agreement = {}, np.zeros(b.size, np.int64)
     with np.errstate(all="ignore"):
         merged = finite_or_zero(merge({k: t - b for k, t in tasks.items()}))
-        merged = np.broadcast_to(merged, b.shape)
-        stored, scales = store_shared(merged, dtype)
+        stored, scales = store_shared(np.broadcast_to(merged, b.shape), dtype)
         s = load_shared(stored, scales)
         for k, t in tasks.items():
-            factor = adapted_factor(t - b, merged) if method == ADAPTED else 0
+            factor = adapted_factor(t - b, s) if method == ADAPTED else 0
             if method == ADAPTED:
                 active = follows(t - b, s, factor)
             elif method == MAGNITUDE:
