@@ -19,6 +19,7 @@ import tallcodec
 
 GRID = tuple(i / 10 for i in range(1, 11))  # α of arXiv 2405.07813
 TIES_GRID = (0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)  # means want more than sums
+SCALE_TEXTS = 100  # validation texts per task that choose α: it is one number for all tasks
 FLOAT = 32  # bits of a value or a scale that a rival stores
 
 
@@ -80,9 +81,12 @@ class Problem:
         return self._score(task, state, "val").accuracy
 
     def normalised(self, state: dict) -> float:
-        """Mean of one model's validation accuracies over the fine-tuned ones'."""
+        """Mean of one model's accuracies over the fine-tuned ones', on some validation texts."""
+        def accuracy(task, checkpoint):
+            return self._score(task, checkpoint, "val", SCALE_TEXTS).accuracy
+
         return statistics.mean(
-            self.accuracy(task, state) / self.accuracy(task, self.family.checkpoint(task))
+            accuracy(task, state) / accuracy(task, self.family.checkpoint(task))
             for task in self.tasks
         )
 

@@ -2,11 +2,11 @@
 
     PYTHONPATH=benchmarks python benchmarks/quality.py [--families minilm] [--methods TIES,EMR]
 
-Every method of methods.py turns the tasks of a family, and of MiniLM the first 4 and 2 of them,
-into what it stores; every task is decoded and scored on test texts. A score depends on the
-decoded checkpoint alone, so it is kept in the cache under a hash of that; a row is kept under a
-hash of the code. An interrupted run goes on where it stopped, and measuring seconds again
-(--force) scores nothing again.
+Every method of methods.py turns the tasks of a family, and of MiniLM the first 4 and 2 of them
+(but for what searches), into what it stores; every task is decoded and scored on test texts. A
+score depends on the decoded checkpoint alone, so it is kept in the cache under a hash of that; a
+row is kept under a hash of the code. An interrupted run goes on where it stopped, and measuring
+seconds again (--force) scores nothing again.
 
 A run of all methods and subsets writes results/quality.csv and, with --docs, docs/quality-*.svg and
 what is between the markers quality:begin and quality:end in docs/quality.md.
@@ -55,9 +55,10 @@ LEGEND = """
     bytes, base included, per parameter and task; *task bits*: what a further task adds, per
     parameter. *normalised*: mean over the tasks of decoded ÷ fine-tuned accuracy; *worst task*: the
     lowest of these. The other columns are those of the [real family](benchmarks.md). A searched λ
-    or α is the best on validation texts; its encode seconds leave the scoring out. ᶜ: no file,
-    bytes computed from the parts, seconds of a PyTorch prototype in memory, where base and merged
-    models are as well. **Bold**: nothing else is at once smaller and closer (bytes, KL left)."""
+    or α is the best on validation texts, α on 100 of each task; encode seconds leave the scoring
+    out. ᶜ: no file, bytes computed from the parts, seconds of a PyTorch prototype in memory, where
+    base and merged models are as well. **Bold**: nothing else is at once smaller and closer
+    (bytes, KL left)."""
 
 
 class Bench:
@@ -73,38 +74,43 @@ class Bench:
                                for part in parts)
         self._tuned = {}  # by task: a digest of the fine-tuned checkpoint
 
-    def score(self, task: str, state: dict, split: str) -> Score:
-        """How a checkpoint does a task, from the cache or measured."""
-        path = self._path(task, state, split)
-        if not path.exists() and (task, split) not in self._scorers:
-            self._make_scorer(task, split)  # which scores the base and the fine-tuned model
+    def score(self, task: str, state: dict, split: str, limit: int | None = None) -> Score:
+        """How a checkpoint does a task, on so many texts, from the cache or measured."""
+        data = task, split, min((n for n in (limit, self.limit) if n), default=None)
+        path = self._path(state, *data)
+        if not path.exists() and data not in self._scorers:
+            self._make_scorer(*data)  # which scores the base and the fine-tuned model
         if not path.exists():
-            _write_json(path, self._scorers[task, split].score(task, state)._asdict())
+            _write_json(path, self._scorers[data].score(task, state)._asdict())
         return Score(**json.loads(path.read_text()))
 
-    def _make_scorer(self, task: str, split: str) -> None:
+    def _make_scorer(self, task: str, split: str, limit: int | None) -> None:
         family = copy.copy(self.family)
         family.tasks = [task]
-        scorer = self._scorers[task, split] = self._scorer_of(family, split, self.limit)
+        scorer = self._scorers[task, split, limit] = self._scorer_of(family, split, limit)
         for state, score in ((family.base(), scorer.base_score),
                              (family.checkpoint(task), scorer.tuned_score)):
-            _write_json(self._path(task, state, split), score._asdict())
+            _write_json(self._path(state, task, split, limit), score._asdict())
 
-    def _path(self, task: str, state: dict, split: str) -> Path:
+    def _path(self, state: dict, task: str, split: str, limit: int | None) -> Path:
         """Where a score is kept: by family, fine-tuned model, split and decoded checkpoint."""
         if task not in self._tuned:
             self._tuned[task] = _digest(self.family.checkpoint(task))
         key = _hash(map(str.encode, (self._identity, self._tuned[task], _digest(state))))
-        texts = split if self.limit is None else f"{split}-{self.limit}"
+        texts = split if limit is None else f"{split}-{limit}"
         return self._cache / "scores" / self.name / texts / task / f"{key}.json"
 
-    def row(self, method: Method, tasks: list[str], repeat: int, force: bool) -> dict:
-        """A row of the results, from the cache unless forced."""
+    def row(self, method: Method, tasks: list[str], args: argparse.Namespace) -> dict | None:
+        """A row of the results, from the cache unless forced; None where it is not to be made."""
+        if method.searches and len(tasks) < len(self.family.tasks):
+            return None
         key = _hash(repr(part).encode() for part in (
             self.name, self._identity, tasks, method.name, method.options, self.limit, _code()))
         path = self._cache / "rows" / f"{key}.json"
-        if force or not path.exists():
-            _write_json(path, self._measure(method, tasks, repeat))
+        if args.cached and not path.exists():
+            return None
+        if args.force or not path.exists():
+            _write_json(path, self._measure(method, tasks, args.repeat))
         return json.loads(path.read_text())
 
     def _measure(self, method: Method, tasks: list[str], repeat: int) -> dict:
@@ -309,6 +315,7 @@ def main():
     ap.add_argument("--repeat", type=int, default=3, help="timed runs of every encode and decode")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--force", action="store_true", help="measure rows again")
+    ap.add_argument("--cached", action="store_true", help="leave out what the cache does not have")
     ap.add_argument("--docs", action="store_true", help="write plots and tables into docs/")
     ap.add_argument("--cache", type=Path, default=CACHE / "quality")
     args = ap.parse_args()
@@ -328,10 +335,13 @@ def main():
             for method in methods:
                 print(f"{name} {len(tasks)}: {method.name} ", end="", flush=True)
                 try:
-                    row = bench.row(method, tasks, args.repeat, args.force)
+                    row = bench.row(method, tasks, args)
                 except tallcodec.TallcodecError as error:
                     failed.append(f"{name} {len(tasks)}, {method.name}: {error}")
                     print(f"failed: {error}", flush=True)
+                    continue
+                if row is None:
+                    print("left out", flush=True)
                     continue
                 done.append(row)
                 print(f" {row['models']:.2f} models, KL left {row['kl_left']:.2%}, "

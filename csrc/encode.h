@@ -1,4 +1,4 @@
-// Checkpoints to a `.tall` file: first what every tensor becomes, then one pass over the values.
+// Checkpoints to a `.tall` file: first what every tensor becomes, then its values.
 #pragma once
 #include <memory>
 #include <string>
@@ -41,8 +41,8 @@ class Encoder {
   void set_entry(uint32_t task, uint32_t tensor, Coding coding, DType dtype,
                  std::vector<uint64_t> shape, Reason reason, Source source);
 
-  // Places the planes, reads base and tasks once (and before, where a survey must be made; see
-  // survey.h), writes base, shared and mask planes. Tasks whose
+  // Places the planes, reads base and tasks once (and before, where something must be known of their
+  // values first: survey.h, adapt.h), writes base, shared and mask planes. Tasks whose
   // tensor proves to hold NaN or infinity become verbatim; such a tensor alone is read again.
   void run(const Options& options);
 

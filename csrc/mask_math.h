@@ -84,8 +84,8 @@ TALLCODEC_MATH bool is_active(float base, float task, float s, float threshold) 
   return magnitude(base - task) > threshold * magnitude((base + s) - task);
 }
 
-// Adapted masks, in place of the rule above: with factor 2c, those elements where tau / s is more
-// than c.
+// Adapted masks, in place of the rule above: with factor 2c, but for rounding, those elements where
+// tau / s is more than c.
 TALLCODEC_MATH bool follows(float tau, float s, float factor) {
   return magnitude(tau) > magnitude(factor * s - tau);
 }

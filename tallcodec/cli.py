@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
                      "(default: %(default)s)")  # fmt: skip
     sub.add_argument("--scale", default="auto", choices=encoding.SCALES,
                      help="unit-gain keeps the length of a task vector along its own direction, "
-                     "by one factor per tensor or row; auto: unit-gain for adapted masks, "
+                     "by one scale per tensor or row; auto: unit-gain for adapted masks, "
                      "else none")  # fmt: skip
     sub.add_argument("--shared-dtype", default="auto", choices=numbers.SHARED_DTYPES,
                      help="how the shared vector is stored; auto: as the base")  # fmt: skip
@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True,
                      help="a .safetensors or .pt file, or a folder to make")  # fmt: skip
     sub.add_argument("--method", default="consensus", choices=merging.METHODS,
-                     help="consensus, or how the file's shared vector was made, to take it whole "
-                     "(default: %(default)s)")  # fmt: skip
+                     help="consensus (as published with masks of a --threshold), or how the file's "
+                     "shared vector was made, to take it whole (default: %(default)s)")  # fmt: skip
     sub.add_argument("--min-tasks", type=int, default=2,
                      help="consensus: keep what so many tasks use (default: %(default)s)")
     sub.add_argument("--scale", type=float, default=1.0,

@@ -23,6 +23,9 @@ from .threads import check_threads
 from .thresholds import GRID, Score, best, check_grid, check_threshold, score_trials, trial_name
 from .version import __version__
 
+METHODS = ("tall", "magnitude")
+SCALES = ("auto", *numbers.SCALES)
+
 
 def encode(
     base: str | os.PathLike | Mapping[str, Any],
@@ -68,9 +71,10 @@ def encode(
       ``density`` of each task vector instead, with no λ.
     - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
-      g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩, unless τ̂ would be more than 3 times as long as
-      τ (g makes it 3 times then); "unit-gain-row" has one g per row. "auto" is "unit-gain" where
-      the masks are adapted, else "none".
+      g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; but where m∘s follows τ so little that τ̂ would be
+      more than 3 times as long as τ (a cosine under 1/3), by 9 times the least-squares factor,
+      which is less; "unit-gain-row" has one g per row. "auto" is "unit-gain" where the masks are
+      adapted, else "none".
     - ``shared_dtype``: how s is stored: "float32", "bfloat16", "float16", "int8" (in blocks
       of 128), or "auto", each base tensor's own. Masks are computed against s as it is stored.
     - ``base_storage``: "embed" the base, or "reference" it by the checksums of its tensors; it is
@@ -124,10 +128,6 @@ def encode(
         # What a reader would refuse is not to appear under the name.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return read_info(label(output), len(data), _core.File(label(output), data))
-
-
-METHODS = ("tall", "magnitude")
-SCALES = ("auto", *numbers.SCALES)
 
 
 class _Family(NamedTuple):

@@ -50,7 +50,7 @@ class TaskInfo:
     density: float
     """Share of mask bits that are 1."""
     published_density: float
-    """The same by the published rule, which also sets bits where the shared vector is zero."""
+    """The same by the method's rule; λ's also sets bits where the shared vector is zero."""
     gain: float
     """⟨τ̂,τ⟩ ÷ ⟨τ,τ⟩."""
     error: float

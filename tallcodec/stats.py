@@ -59,7 +59,8 @@ class TensorStats:
     coded: dict[str, int]
     """By task, the elements that have a mask."""
     published: Agreement
-    """By the published rule, don't-cares included. A task that equals the base is never active."""
+    """By the method's rule, which for a λ can be active at don't-cares, as published (an adapted
+    mask is not). A task that equals the base is never active."""
     stored: Agreement
     """By the stored masks, over the elements that are no don't-cares."""
 

@@ -155,7 +155,7 @@ def is_active(base, task, s, threshold):
 
 
 def follows(tau, s, factor):
-    """The adapted mask: |tau| > |factor * s - tau|, which is tau / s > factor / 2."""
+    """The adapted mask: |tau| > |factor * s - tau|, or but for rounding tau / s > factor / 2."""
     return np.abs(tau) > np.abs(np.float32(factor) * s - tau)
 
 

@@ -191,7 +191,7 @@ class Reference:
         return shape
 
     def agreement(self, tensor):
-        """Count k: the elements on which k of the coded tasks are active by the published rule."""
+        """Count k: the elements on which k of the coded tasks are active by their rule."""
         return self.counts[tensor.first_count : tensor.first_count + tensor.counts]
 
     def _check_planes(self):
