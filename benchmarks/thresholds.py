@@ -20,7 +20,8 @@ tensor and task. Decoded is θ₀ + g·(m∘s). A rule is a shared vector, a mas
            near ρ      w_t τ_t·s > c·s², c the greatest of CS with cos(m∘s, τ) ≥ ρ × the best;
                        encode's adapted masks are "sum, near 0.85, unit gain per tensor"
   scale    none        1
-           tensor      unit gain, g = Σ τ² / Σ τ·(m∘s), per tensor, but ‖g·(m∘s)‖ ≤ 3·‖τ‖
+           tensor      unit gain, g = Σ τ² / Σ τ·(m∘s), per tensor, at most 9 times the
+                       least-squares scale
            task        the same, one for all of the task's tensors
            least squares, middle   g·cos² and g·|cos|, per tensor, g the unit gain
 
@@ -37,7 +38,7 @@ import torch
 
 from common import RESULTS, write_csv
 from families import FAMILIES, load
-from tallcodec.reference.formulas import LONGEST, RATIOS
+from tallcodec.reference.formulas import MOST, RATIOS
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 PUBLISHED = ("0.2", "0.3", "0.4", "0.5", "0.6")
@@ -128,11 +129,10 @@ def near_mask(tau, s, rho):
 
 
 def unit_gain(tau, kept):
-    """Σ τ² / Σ τ·kept, or less where g·kept would be too long; 1 where that has no sense."""
-    dot, square = dots(tau, kept), dots(tau, tau)
-    longest = LONGEST * (square / dots(kept, kept).clamp(min=TINY)).sqrt()
-    gain = torch.minimum(square / dot.clamp(min=TINY), longest)
-    return torch.where(dot > 0, gain, 1.0).float()
+    """Σ τ² / Σ τ·kept, at most MOST times the least-squares scale; 0 where that is negative."""
+    dot = dots(tau, kept).clamp(min=0)
+    most = MOST * dot / dots(kept, kept).clamp(min=TINY)
+    return torch.minimum(dots(tau, tau) / dot.clamp(min=TINY), most).float()
 
 
 def weights(rule, vectors):
