@@ -53,7 +53,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         tall = Path(folder) / "minilm.tall"
-        tallcodec.encode(family.base_path, family.paths, tall)
+        tallcodec.encode(family.base_path, family.paths, tall, threshold=0.4)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             runs = contenders(family.paths[task], tall, task, threads)
