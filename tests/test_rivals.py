@@ -175,7 +175,7 @@ class Accuracy:
 @pytest.fixture
 def problem(tmp_path):
     family = SmallFamily(tmp_path)
-    score = lambda task, state, split: Accuracy(family, task, state)  # noqa: E731
+    score = lambda task, state, split, limit=None: Accuracy(family, task, state)  # noqa: E731
     return methods.Problem(family, ["a", "b", "c"], score, tmp_path, threads=1)
 
 
