@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "float_environment.h"
 #include "mask_math.h"
@@ -19,11 +20,10 @@ using Ratios = std::vector<RatioBin>;
 
 // Fills the bins of these of the tensor's coded tasks, from every stride-th block of its elements.
 void fill(const Draft& d, const DraftTensor& t, const Survey& survey, uint64_t stride,
-          const std::vector<uint32_t>& tasks, std::vector<Ratios>& ratios) {
+          const std::vector<uint32_t>& tasks, Values& values, std::vector<Ratios>& ratios) {
   const Merger merger(d, t, survey);
   const uint64_t n = t.elements();
   float s[kBlock];
-  Values values;
   values.open(d, t);
   for (uint32_t k : tasks) ratios[k].assign(kRatioBins, {});
   for (uint64_t at = 0; at < n; at += stride * kBlock) {
@@ -57,17 +57,17 @@ float factor_of(const Ratios& bins) {
   return best > 0 ? 2 * least_ratio(bin) : 1;
 }
 
-void adapt_tensor(const Draft& d, DraftTensor& t, const Survey& survey) {
+void adapt_tensor(const Draft& d, DraftTensor& t, const Survey& survey, Values& values) {
   const std::vector<uint32_t> coded = t.coded();
   const uint64_t stride = std::max<uint64_t>(1, t.elements() / kSample);
   std::vector<uint32_t> tasks(coded.size()), missed;
   std::iota(tasks.begin(), tasks.end(), 0);
   std::vector<Ratios> ratios(coded.size());
-  fill(d, t, survey, stride, tasks, ratios);
+  fill(d, t, survey, stride, tasks, values, ratios);
   for (uint32_t k : tasks) {
     if (stride > 1 && has_few(ratios[k])) missed.push_back(k);
   }
-  if (!missed.empty()) fill(d, t, survey, 1, missed, ratios);
+  if (!missed.empty()) fill(d, t, survey, 1, missed, values, ratios);
   for (uint32_t k : tasks) t.entries[coded[k]].record.factor = factor_of(ratios[k]);
 }
 
@@ -75,9 +75,10 @@ void adapt_tensor(const Draft& d, DraftTensor& t, const Survey& survey) {
 
 void adapt(Draft& draft, const Survey& survey, const std::vector<uint32_t>& tensors,
            const Options& options) {
-  parallel_for(tensors.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+  std::vector<Values> values(std::max(1u, options.threads));
+  parallel_for(tensors.size(), options.threads, options.poll, [&](uint64_t i, unsigned worker) {
     FloatEnvironment in_this_thread;
-    adapt_tensor(draft, draft.tensors[tensors[i]], survey);
+    adapt_tensor(draft, draft.tensors[tensors[i]], survey, values[worker]);
   });
 }
 
