@@ -98,6 +98,7 @@ py::dict encode(const py::array& base, const std::vector<py::array>& tasks,
                 const py::object& out, const py::object& task_dtypes, const std::string& rule) {
   const Kernels& kernels = kernels_of(kernels_name);
   const DType base_dtype = dtype_of(dtype), shared_type = dtype_of(shared_dtype);
+  const MaskRule mask_rule = rule_of(rule);
   const uint64_t n = uint64_t(base.size());
   const uint32_t count = uint32_t(tasks.size());
   if (thresholds.size() != count) throw py::value_error("expected one threshold per task");
@@ -157,7 +158,7 @@ py::dict encode(const py::array& base, const std::vector<py::array>& tasks,
       e.base_dtype = base_dtype;
       e.task = task_here.data();
       e.task_dtype = task_dtype.data();
-      e.rule = rule_of(rule);
+      e.rule = mask_rule;
       e.threshold = thresholds.data();
       e.shared = shared + first * size_of(shared_type);
       e.shared_dtype = shared_type;

@@ -105,6 +105,25 @@ def test_encode_and_decode_follow_the_published_rule(variant, dtype, shared_dtyp
     assert not result["base_nonfinite"]
 
 
+@pytest.mark.parametrize("shared_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rule", ["magnitude", "adapted"])
+def test_the_other_rules(variant, rule, dtype, shared_dtype):
+    thresholds = [0.001, 0.003] if rule == "magnitude" else [0.4, 1.875]
+    base, tasks = family(dtype, 2)
+    base[7], tasks[0][7], tasks[1][9] = 0, float("inf"), float("nan")
+    result = kernels.encode(raw(base), [raw(t) for t in tasks], dtype, thresholds, shared_dtype,
+                            kernels=variant, threads=2, rule=rule)
+    s = dequantised(result, shared_dtype, LENGTH)
+    for task, threshold, mask, stats in zip(tasks, thresholds, result["masks"], result["stats"]):
+        tau = task.float() - base.float()
+        left = torch.tensor(threshold)
+        active = tau.abs() > (left if rule == "magnitude" else (left * s - tau).abs())
+        assert torch.equal(bits(mask, LENGTH), active & (s != 0))
+        assert 0 < stats["set_bits"] <= stats["published_bits"]
+        assert stats["published_bits"] == active.sum() and stats["nonfinite"]
+
+
 def test_int8_is_block_wise_round_to_nearest(variant):
     base, tasks = family("float32", 2)
     result = kernels.encode(raw(base), [raw(t) for t in tasks], "float32", [0.4, 0.4], "int8",
