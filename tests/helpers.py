@@ -6,7 +6,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+import tallcodec
 from families import THRESHOLDS, family
+from tallcodec import reference
 from tallcodec.checkpoint import DTYPES, dtype_name, torch_dtype
 from tallcodec.reference import hash64, records
 
@@ -22,6 +24,17 @@ def awkward(seed=0, **options):
 def normal(shape, seed=0, dtype=np.float32, spread=1.0):
     values = np.random.default_rng(seed).standard_normal(shape) * spread
     return np.asarray(values).astype(dtype)
+
+
+def encoded(path, base, tasks, **options):
+    """The bytes of the file that encode makes."""
+    tallcodec.encode(base, tasks, path, overwrite=True, **options)
+    return path.read_bytes()
+
+
+def reference_file(base, tasks, **options):
+    """The bytes that the reference makes, by the name of this version."""
+    return reference.write(base, tasks, writer=f"tallcodec {tallcodec.__version__}", **options)
 
 
 def small_family(tasks=("cars", "dtd"), dtype=np.float32):

@@ -1,28 +1,20 @@
 """Adapted masks, the default: the reference's bytes, and what the rule promises."""
 
-
 import numpy as np
 import pytest
 
 import tallcodec
 from families import reference_options
-from helpers import awkward, normal, small_family
+from helpers import awkward, encoded, normal, reference_file, small_family
 from tallcodec import _core
-from tallcodec import reference as ref
 from tallcodec.errors import ArgumentError
 
 NEAR = 0.85
 
 
-def encoded(path, base, tasks, **options):
-    tallcodec.encode(base, tasks, path, overwrite=True, **options)
-    return path.read_bytes()
-
-
 def reference(base, tasks, **options):
-    writer = f"tallcodec {tallcodec.__version__}"
     options = {"scale": "unit-gain", "method": "adapted"} | options
-    return ref.write(base, tasks, writer=writer, **options)
+    return reference_file(base, tasks, **options)
 
 
 @pytest.mark.parametrize("options", list(reference_options()), ids=lambda o: "-".join(o.values()))

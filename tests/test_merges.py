@@ -8,17 +8,11 @@ import pytest
 import torch
 
 import tallcodec
-from helpers import awkward, normal, torch_state
+from helpers import awkward, encoded, normal, reference_file, torch_state
 from tallcodec import _core
-from tallcodec import reference as ref
 from tallcodec.errors import ArgumentError
 
 MERGES = ("task-arithmetic", "average", "ties")
-
-
-def encoded(path, base, tasks, **options):
-    tallcodec.encode(base, tasks, path, overwrite=True, **options)
-    return path.read_bytes()
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5])
@@ -31,9 +25,8 @@ def test_the_file_is_the_references(tmp_path, merge, method, tasks):
         options |= {"scale": "unit-gain-row" if shared == "int8" else "none"}
         found = encoded(tmp_path / "a.tall", base, states, threshold=thresholds,
                         shared_dtype=shared, **options)  # fmt: skip
-        writer = f"tallcodec {tallcodec.__version__}"
-        assert found == ref.write(
-            base, states, thresholds=thresholds, shared_dtype=shared, writer=writer, **options
+        assert found == reference_file(
+            base, states, thresholds=thresholds, shared_dtype=shared, **options
         ), (density, shared)
 
 

@@ -287,8 +287,9 @@ def _encode(base, tasks, thresholds, dtype, mode, merge, method):
         stored, scales = store_shared(np.broadcast_to(merged, b.shape), dtype)
         s = load_shared(stored, scales)
         for k, t in tasks.items():
-            factor = adapted_factor(t - b, s) if method == ADAPTED else 0
+            factor = 0
             if method == ADAPTED:
+                factor = adapted_factor(t - b, s)
                 active = follows(t - b, s, factor)
             elif method == MAGNITUDE:
                 active = is_large(b, t, thresholds[k])
