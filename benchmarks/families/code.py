@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.func import functional_call
 
-from .scoring import SmallScorer, save, train
+from .scoring import SmallScorer, runner, save, train
 
 BASE = (
     "numpy.lib numpy._core setuptools.command sklearn.ensemble sklearn.preprocessing sklearn.utils "
@@ -54,11 +53,8 @@ class Network(nn.Module):
 
 class Scorer(SmallScorer):
     def __init__(self, family, split="test", limit=None):
-        self.network = Network()
+        self.run = runner(Network())
         super().__init__(family, split, limit)
-
-    def run(self, w, inputs):
-        return functional_call(self.network, w, (inputs.long(),))
 
 
 def texts(package):
@@ -92,23 +88,16 @@ def make(name, folder):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     network = Network()
-
-    def run(w, inputs):
-        return functional_call(network, w, (inputs.long(),))
-
-    def prepared(rows):
-        inputs, labels = tensors(rows)
-        return inputs, labels.long()
-
+    run = runner(network)
     begin = {k: v.detach() for k, v in network.state_dict().items()}
     start = [text for package in BASE for text in islice(texts(package), PRETRAIN)]
-    base = train(run, {}, begin, prepared(start), 1, 8, 3e-3)
+    base = train(run, {}, begin, tensors(start), 1, 8, 3e-3)
     print(f"{name}: base trained on {len(start)} files", flush=True)
     checkpoints, data = {}, {}
     for i, task in enumerate(TASKS):
         rows = split(task)
         data[task] = [tensors(part) for part in rows]
         epochs, lr = 1 + i % 3, (5e-4, 1e-3)[i % 2]
-        checkpoints[task] = train(run, {}, base, prepared(rows[0]), epochs, 8, lr)
+        checkpoints[task] = train(run, {}, base, data[task][0], epochs, 8, lr)
         print(f"{name}: {task} trained on {len(rows[0])} files", flush=True)
     save(folder, base, checkpoints, {}, data, {"characters": CHARACTERS})

@@ -5,6 +5,7 @@ import json
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 
 from minilm.evaluate import Scorer as MiniLMScorer
 
@@ -36,12 +37,17 @@ class SmallScorer(MiniLMScorer):
             return self.run(w | self.heads[task], self.data[task]["inputs"])
 
 
+def runner(network):
+    """A function of weights and inputs that gives a module's logits."""
+    return lambda w, inputs: functional_call(network, w, (inputs.long(),))
+
+
 def train(run, fixed, w, data, epochs, batch, lr):
     """The tensors `w`, trained with Adam on inputs and labels together with the tensors `fixed`.
 
     A batch's inputs and labels go to `run`, which gives logits for the labels that are not −1.
     """
-    inputs, labels = data
+    inputs, labels = data[0], data[1].long()
     w = {k: v.clone().requires_grad_() for k, v in w.items()}
     steps = epochs * -(-len(inputs) // batch)
     opt = torch.optim.Adam(w.values(), lr=lr, fused=True)

@@ -11,9 +11,8 @@ import unicodedata
 
 import torch
 import torch.nn as nn
-from torch.func import functional_call
 
-from .scoring import SmallScorer, save, train
+from .scoring import SmallScorer, runner, save, train
 
 WORDS = (
     "ar_AA az_AZ bn_BD cs_CZ da_DK de_DE el_GR en_US es_ES fa_IR fil_PH fr_FR he_IL hy_AM it_IT "
@@ -46,11 +45,8 @@ class Network(nn.Module):
 class Scorer(SmallScorer):
     def __init__(self, family, split="test", limit=None):
         size = family.base()["embedding.weight"].shape[0]
-        self.network = Network(*SIZES[family.name], size)
+        self.run = runner(Network(*SIZES[family.name], size))
         super().__init__(family, split, limit)
-
-    def run(self, w, inputs):
-        return functional_call(self.network, w, (inputs.long(),))
 
 
 def texts(name, locale):
@@ -100,19 +96,13 @@ def make(name, folder):
     alphabet = {c: i + 1 for i, c in enumerate(characters)}
 
     network = Network(*SIZES[name], len(alphabet) + 1)
-    def run(w, inputs):
-        return functional_call(network, w, (inputs.long(),))
-
-    def prepared(part):
-        inputs, labels = tensors(part, alphabet)
-        return inputs, labels.long()
-
+    run = runner(network)
     begin = {k: v.detach() for k, v in network.state_dict().items()}
-    base = train(run, {}, begin, prepared(start), 12, 64, 3e-3)
+    base = train(run, {}, begin, tensors(start, alphabet), 12, 64, 3e-3)
     checkpoints, data = {}, {}
     for i, locale in enumerate(locales):
         data[locale] = [tensors(part, alphabet) for part in rows[locale]]
         epochs, lr = 5 + 5 * (i % 3), (1e-3, 2e-3)[i % 2]
-        checkpoints[locale] = train(run, {}, base, prepared(rows[locale][0]), epochs, 32, lr)
+        checkpoints[locale] = train(run, {}, base, data[locale][0], epochs, 32, lr)
         print(f"{name}: {locale} trained on {len(rows[locale][0])} texts", flush=True)
     save(folder, base, checkpoints, {}, data, {"characters": "".join(characters)})
