@@ -100,17 +100,17 @@ class Bench:
         texts = split if limit is None else f"{split}-{limit}"
         return self._cache / "scores" / self.name / texts / task / f"{key}.json"
 
-    def row(self, method: Method, tasks: list[str], args: argparse.Namespace) -> dict | None:
-        """A row of the results, from the cache unless forced; None where it is not to be made."""
-        if method.searches and len(tasks) < len(self.family.tasks):
-            return None
+    def row_path(self, method: Method, tasks: list[str]) -> Path:
+        """Where a row of the results is kept."""
         key = _hash(repr(part).encode() for part in (
             self.name, self._identity, tasks, method.name, method.options, self.limit, _code()))
-        path = self._cache / "rows" / f"{key}.json"
-        if args.cached and not path.exists():
-            return None
-        if args.force or not path.exists():
-            _write_json(path, self._measure(method, tasks, args.repeat))
+        return self._cache / "rows" / f"{key}.json"
+
+    def row(self, method: Method, tasks: list[str], repeat: int, force: bool) -> dict:
+        """A row of the results, from the cache unless forced."""
+        path = self.row_path(method, tasks)
+        if force or not path.exists():
+            _write_json(path, self._measure(method, tasks, repeat))
         return json.loads(path.read_text())
 
     def _measure(self, method: Method, tasks: list[str], repeat: int) -> dict:
@@ -333,15 +333,16 @@ def main():
         for tasks in subsets(name, bench.family.tasks, args.tasks):
             done = []
             for method in methods:
+                if method.searches and len(tasks) < len(bench.family.tasks):
+                    continue
+                if args.cached and not bench.row_path(method, tasks).exists():
+                    continue
                 print(f"{name} {len(tasks)}: {method.name} ", end="", flush=True)
                 try:
-                    row = bench.row(method, tasks, args)
+                    row = bench.row(method, tasks, args.repeat, args.force)
                 except tallcodec.TallcodecError as error:
                     failed.append(f"{name} {len(tasks)}, {method.name}: {error}")
                     print(f"failed: {error}", flush=True)
-                    continue
-                if row is None:
-                    print("left out", flush=True)
                     continue
                 done.append(row)
                 print(f" {row['models']:.2f} models, KL left {row['kl_left']:.2%}, "
