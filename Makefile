@@ -31,12 +31,14 @@ test-cpp: .venv/packages
 	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
 	build/tests/test_kernels
+	build/tests/test_ternary
 	build/tests/test_file
 
 test-sanitize: .venv/packages
 	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON
 	$(CMAKE) --build build/sanitize
 	build/sanitize/test_kernels
+	build/sanitize/test_ternary
 	build/sanitize/test_file
 
 test-python: .venv/built

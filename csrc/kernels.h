@@ -53,15 +53,20 @@ struct EncodeBlock {
   bool base_nonfinite;      // set where the base has a NaN or an infinity
 };
 
+// In place of a shared vector's type: s is 1 or, where a bit is set, -1, the bits being laid out as a
+// mask's. With a mask and a scale they are a ternary plane.
+constexpr DType kSigns = DType::BOOL;
+
 // Elements first .. first + n of a tensor. base, shared, task and out point at element `first`;
-// mask and shared_scales at the element first - phase, where phase = first % kScaleBlock.
+// mask, shared_scales and shared where it is signs at the element first - phase, where phase =
+// first % kScaleBlock.
 struct DecodeBlock {
   uint64_t n;
   uint32_t phase;
   const void* base;
   DType base_dtype;
   const void* shared;
-  DType shared_dtype;
+  DType shared_dtype;  // or kSigns
   const float* shared_scales;
   const uint8_t* mask;  // null: no bit is set, the base is only converted
   float scale;          // g; 1 gives the published decode exactly

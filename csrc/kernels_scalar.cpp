@@ -136,6 +136,8 @@ __attribute__((noinline)) void encode_all(EncodeBlock& e) {
   for (uint64_t i = 0; i < e.n; i += kBlock) encode_block(e, i, min(kBlock, e.n - i));
 }
 
+bool bit(const uint8_t* mask, uint64_t i) { return mask && mask[i / 8] >> i % 8 & 1; }
+
 // Runs visit(i, n, b, s, position) over d's elements i .. i + n, position being where their mask
 // bits begin; s is left out where there is no mask.
 template <typename Visit>
@@ -145,7 +147,10 @@ void for_each_block(const DecodeBlock& d, Visit visit) {
     const uint64_t position = d.phase + i;
     n = min(kBlock - position % kBlock, d.n - i);
     load(d.base, d.base_dtype, i, n, b);
-    if (d.mask) {
+    if (d.mask && d.shared_dtype == kSigns) {
+      const auto signs = static_cast<const uint8_t*>(d.shared);
+      for (uint64_t j = 0; j < n; ++j) s[j] = bit(signs, position + j) ? -1.0f : 1.0f;
+    } else if (d.mask) {
       const float scale =
           d.shared_dtype == DType::I8 ? read<float>(d.shared_scales, position / kBlock) : 0;
       load_shared(d.shared, d.shared_dtype, scale, i, n, s);
@@ -153,8 +158,6 @@ void for_each_block(const DecodeBlock& d, Visit visit) {
     visit(i, n, b, s, position);
   }
 }
-
-bool bit(const uint8_t* mask, uint64_t i) { return mask && mask[i / 8] >> i % 8 & 1; }
 
 __attribute__((noinline)) void decode_all(const DecodeBlock& d) {
   for_each_block(d, [&](uint64_t i, uint64_t n, float* b, const float* s, uint64_t position) {

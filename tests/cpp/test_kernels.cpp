@@ -129,6 +129,7 @@ std::vector<char> array_of(const std::vector<float>& values, DType dtype) {
   for (size_t i = 0; i < values.size(); ++i) {
     const uint16_t half = dtype == DType::F16 ? f32_to_f16(values[i]) : f32_to_bf16(values[i]);
     if (dtype == DType::F32) std::memcpy(&array[i * 4], &values[i], 4);
+    else if (dtype == kSigns) array[i] = char(float_bits(values[i]) >> 3);
     else if (dtype == DType::I8) array[i] = char(int(float_bits(values[i]) % 255) - 127);
     else std::memcpy(&array[i * 2], &half, 2);
   }
@@ -283,6 +284,7 @@ void compare_encode(const Input& in, Random& random) {
 
 const DType kFloats[] = {DType::F32, DType::F16, DType::BF16};
 const DType kShared[] = {DType::F32, DType::F16, DType::BF16, DType::I8};
+const DType kStored[] = {DType::F32, DType::F16, DType::BF16, DType::I8, kSigns};
 const Values kValues[] = {kUsual, kSpecial, kHuge, kTiny};
 
 void test_encode() {
@@ -335,6 +337,7 @@ Stored random_stored(Random& random, size_t n, DType base, DType shared, DType o
   // What encode stores is finite; NaNs of two operands may come out with either's payload.
   std::vector<float> finite = random_values(random, n, values);
   for (float& x : finite) x = is_finite(x) ? clamp_to(x, 60000) : 0;
+  if (shared == kSigns) finite.resize((total + 7) / 8);
   s.shared = array_of(finite, shared);
   if (shared == DType::I8) {
     s.scales = array_of(random_values(random, (total + 127) / 128, kUsual), DType::F32);
@@ -392,13 +395,13 @@ void test_decode_and_sums() {
   Random random(2);
   for (size_t n = 0; n <= 530; ++n) {
     for (Values values : kValues) {
-      compare_stored(random_stored(random, n, kFloats[random.below(3)], kShared[random.below(4)],
+      compare_stored(random_stored(random, n, kFloats[random.below(3)], kStored[random.below(5)],
                                    kFloats[random.below(3)], values),
                      random);
     }
   }
   for (DType base : kFloats) {
-    for (DType shared : kShared) {
+    for (DType shared : kStored) {
       for (DType other : kFloats) {
         for (size_t n : {300, 1543, int(kLargest - 128)}) {
           compare_stored(random_stored(random, n, base, shared, other, kSpecial), random);

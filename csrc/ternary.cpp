@@ -1,0 +1,290 @@
+#include "ternary.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "tallcodec.h"
+#include "text.h"
+
+namespace tallcodec {
+namespace {
+
+constexpr uint32_t kSlotBits = kTernarySlotBits, kSlots = 1 << kSlotBits;
+constexpr uint32_t kSymbols = 68, kBitmapBytes = (kSymbols + 7) / 8;
+constexpr uint32_t kLeast = 1 << 16;  // a coder's state between symbols is this or more
+constexpr uint64_t kBlockHead = 16;   // bytes: count, words, two states
+
+// Gaps are coded by the three leading bits of gap + 4; the bits behind them follow as they are.
+struct Split {
+  uint32_t symbol, extra;  // extra: how many bits
+};
+
+Split split(uint32_t gap) {
+  const uint32_t v = gap + 4, extra = 29 - uint32_t(__builtin_clz(v));
+  return {extra * 4 + (v >> extra & 3), extra};
+}
+
+uint32_t smallest_gap(uint32_t symbol) { return ((4 + symbol % 4) << symbol / 4) - 4; }
+
+template <class T>
+void append(std::string& to, T value) {
+  to.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+uint32_t read32(const uint8_t* from) {
+  uint32_t value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// Bits, the first in the least significant bit of the first byte.
+class BitWriter {
+ public:
+  void put(uint64_t value, uint32_t count) {
+    held_ |= value << filled_;
+    for (filled_ += count; filled_ >= 8; filled_ -= 8, held_ >>= 8) bytes_.push_back(char(held_));
+  }
+  const std::string& finish() {
+    if (filled_) bytes_.push_back(char(held_));
+    filled_ = 0;
+    return bytes_;
+  }
+
+ private:
+  std::string bytes_;
+  uint64_t held_ = 0;
+  uint32_t filled_ = 0;
+};
+
+// The gaps before the elements that are not 0, and the signs of these.
+struct Gaps {
+  std::vector<uint32_t> gaps;
+  BitWriter signs;
+};
+
+Gaps gaps_of(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
+  Gaps g;
+  uint64_t next = 0;
+  for (uint64_t first = 0; first < n; first += 64) {
+    uint64_t bits = 0, negative = 0;
+    const uint64_t bytes = (std::min<uint64_t>(64, n - first) + 7) / 8;
+    std::memcpy(&bits, mask + first / 8, bytes);
+    std::memcpy(&negative, signs + first / 8, bytes);
+    for (; bits; bits &= bits - 1) {
+      const uint64_t bit = uint64_t(__builtin_ctzll(bits));
+      g.gaps.push_back(uint32_t(first + bit - next));
+      g.signs.put(negative >> bit & 1, 1);
+      next = first + bit + 1;
+    }
+  }
+  return g;
+}
+
+using Frequencies = std::array<uint32_t, kSymbols>;
+
+// Counts scaled to add up to kSlots: rounded, but not to 0; the commonest symbol takes the rest.
+Frequencies normalised(const Frequencies& counts, uint64_t total) {
+  Frequencies f{};
+  if (!total) return f;
+  uint32_t sum = 0;
+  for (uint32_t s = 0; s < kSymbols; ++s) {
+    if (!counts[s]) continue;
+    f[s] = uint32_t(std::max<uint64_t>(1, (uint64_t{counts[s]} * kSlots + total / 2) / total));
+    sum += f[s];
+  }
+  *std::max_element(f.begin(), f.end()) += kSlots - sum;
+  return f;
+}
+
+std::string table(const Frequencies& f) {
+  std::string bytes(kBitmapBytes, '\0');
+  BitWriter values;
+  for (uint32_t s = 0; s < kSymbols; ++s) {
+    if (!f[s]) continue;
+    bytes[s / 8] = char(bytes[s / 8] | 1 << s % 8);
+    values.put(f[s] - 1, kSlotBits);
+  }
+  return bytes + values.finish();
+}
+
+// A range coder of the ANS kind (arXiv 1311.2540), two states taking turns.
+std::string code_block(Gaps& g, const Frequencies& f) {
+  const uint64_t count = g.gaps.size();
+  if (!count) return {};
+  Frequencies start{};
+  for (uint32_t s = 1; s < kSymbols; ++s) start[s] = start[s - 1] + f[s - 1];
+  std::vector<uint16_t> words;
+  uint32_t state[2] = {kLeast, kLeast};
+  for (uint64_t i = count; i-- > 0;) {
+    const uint32_t symbol = split(g.gaps[i]).symbol;
+    uint32_t& x = state[i % 2];
+    if (x >= uint64_t{f[symbol]} << (32 - kSlotBits)) {
+      words.push_back(uint16_t(x));
+      x >>= 16;
+    }
+    x = ((x / f[symbol]) << kSlotBits) + x % f[symbol] + start[symbol];
+  }
+  std::reverse(words.begin(), words.end());
+  BitWriter extras;
+  for (uint32_t gap : g.gaps) {
+    const uint32_t extra = split(gap).extra;
+    extras.put((gap + 4) & ((1u << extra) - 1), extra);
+  }
+  std::string block;
+  append(block, uint32_t(count));
+  append(block, uint32_t(words.size()));
+  append(block, state[0]);
+  append(block, state[1]);
+  block.append(reinterpret_cast<const char*>(words.data()), words.size() * 2);
+  return block + extras.finish() + g.signs.finish();
+}
+
+[[noreturn]] void unsound(const char* what) {
+  throw Error(Status::Format, text("no sound ternary plane: ", what));
+}
+
+void require(bool ok, const char* what) {
+  if (!ok) unsound(what);
+}
+
+}  // namespace
+
+std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
+  std::vector<Gaps> blocks;
+  Frequencies counts{};
+  uint64_t total = 0;
+  for (uint64_t first = 0; first < n; first += kTernaryBlock) {
+    blocks.push_back(gaps_of(mask + first / 8, signs + first / 8, std::min(kTernaryBlock, n - first)));
+    for (uint32_t gap : blocks.back().gaps) ++counts[split(gap).symbol];
+    total += blocks.back().gaps.size();
+  }
+  const Frequencies f = normalised(counts, total);
+  std::string head, body;
+  for (Gaps& g : blocks) {
+    body += code_block(g, f);
+    append(head, uint64_t{body.size()});
+  }
+  return head + table(f) + body;
+}
+
+TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
+    : bytes_(bytes), size_(size), n_(n) {
+  const uint64_t table = 8 * blocks();
+  require(size >= table && size - table >= kBitmapBytes, "it is too short");
+  uint32_t symbols = 0;
+  for (uint32_t i = 0; i < kBitmapBytes; ++i) symbols += uint32_t(__builtin_popcount(bytes[table + i]));
+  head_ = table + kBitmapBytes + (uint64_t{symbols} * kSlotBits + 7) / 8;
+  require(size >= head_, "it is too short for its table");
+
+  uint32_t slot = 0;
+  uint64_t bit = 0;
+  for (uint32_t s = 0; s < kBitmapBytes * 8; ++s) {
+    if (!(bytes[table + s / 8] >> s % 8 & 1)) continue;
+    require(s < kSymbols, "its table has symbols that no gap has");
+    uint32_t frequency = 1;
+    for (uint32_t b = 0; b < kSlotBits; ++b, ++bit) {
+      frequency += uint32_t(bytes[table + kBitmapBytes + bit / 8] >> bit % 8 & 1) << b;
+    }
+    require(frequency <= kSlots - slot, "its frequencies add up to too much");
+    for (uint32_t i = 0; i < frequency; ++i, ++slot) {
+      slots_[slot] = {uint16_t(frequency), uint16_t(i), smallest_gap(s), s / 4};
+    }
+  }
+  require(slot == kSlots || !symbols, "its frequencies do not add up");
+  require(symbols || size == head_, "it has blocks but no symbols");
+  for (uint64_t b = 0; b < blocks(); ++b) {
+    require(begin(b) <= end(b) && end(b) <= size, "its blocks lie outside it");
+  }
+  require(end(blocks() - 1) == size, "bytes are left behind its blocks");
+}
+
+uint64_t TernaryPlane::end(uint64_t block) const {
+  uint64_t offset;
+  std::memcpy(&offset, bytes_ + 8 * block, sizeof offset);
+  return offset <= size_ - head_ ? head_ + offset : UINT64_MAX;
+}
+
+uint64_t TernaryPlane::begin(uint64_t block) const { return block ? end(block - 1) : head_; }
+
+void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
+  const uint64_t n = std::min(kTernaryBlock, n_ - block * kTernaryBlock);
+  std::memset(mask, 0, (n + 7) / 8);
+  std::memset(signs, 0, (n + 7) / 8);
+  const uint8_t* const bytes = bytes_ + begin(block);
+  const uint64_t size = end(block) - begin(block);
+  if (!size) return;
+  require(size >= kBlockHead, "a block is too short");
+  const uint32_t count = read32(bytes), word_count = read32(bytes + 4);
+  const uint64_t sign_bytes = (uint64_t{count} + 7) / 8;
+  require(count > 0 && count <= n && size - kBlockHead >= 2 * uint64_t{word_count} + sign_bytes,
+          "a block's counts are impossible");
+  const uint8_t* word = bytes + kBlockHead;
+  const uint8_t* const words_end = word + 2 * uint64_t{word_count};
+  const uint8_t* const extras = words_end;
+  const uint8_t* const negative = bytes + size - sign_bytes;
+  const uint64_t extra_bits = uint64_t(negative - extras) * 8;
+  uint32_t state[2] = {read32(bytes + 8), read32(bytes + 12)};
+  require(state[0] >= kLeast && state[1] >= kLeast, "a block's states are impossible");
+
+  uint64_t bit = 0, next = 0;  // of the extras; the element behind the last one found
+  const auto set = [&](uint64_t i, uint64_t gap) {
+    next += gap;
+    if (next >= n) unsound("a gap leads beyond its block");
+    const uint32_t shift = next % 8, sign = negative[i / 8] >> i % 8 & 1;
+    mask[next / 8] = uint8_t(mask[next / 8] | 1 << shift);
+    signs[next / 8] = uint8_t(signs[next / 8] | sign << shift);
+    ++next;
+  };
+  // Takes a symbol off a state, which is then to be filled again.
+  const auto take = [&](uint32_t& x) {
+    const Slot slot = slots_[x & (kSlots - 1)];
+    x = slot.frequency * (x >> kSlotBits) + slot.bias;
+    return slot;
+  };
+
+  uint64_t i = 0;
+  // Two symbols at a time, for as long as two words and eight bytes of extras can be read unasked.
+  for (; i + 2 <= count && words_end - word >= 4 && bit / 8 + 8 <= uint64_t(bytes + size - extras);
+       i += 2) {
+    uint64_t held;
+    std::memcpy(&held, extras + bit / 8, sizeof held);
+    held >>= bit % 8;
+    uint32_t first = 0;
+    for (uint32_t lane = 0; lane < 2; ++lane) {
+      uint32_t& x = state[lane];
+      const Slot slot = take(x);
+      uint16_t filling;
+      std::memcpy(&filling, word, sizeof filling);
+      const bool low = x < kLeast;
+      x = low ? x << 16 | filling : x;
+      word += 2 * low;
+      set(i + lane, slot.gap + (held >> first & ((1u << slot.extra) - 1)));
+      first += slot.extra;
+    }
+    bit += first;
+    require(bit <= extra_bits, "a block's bits run out");
+  }
+  for (; i < count; ++i) {
+    uint32_t& x = state[i % 2];
+    const Slot slot = take(x);
+    if (x < kLeast) {
+      require(words_end - word >= 2, "a block's words run out");
+      uint16_t filling;
+      std::memcpy(&filling, word, sizeof filling);
+      x = x << 16 | filling;
+      word += 2;
+    }
+    require(extra_bits - bit >= slot.extra, "a block's bits run out");
+    uint32_t extra = 0;
+    for (uint32_t b = 0; b < slot.extra; ++b, ++bit) {
+      extra |= uint32_t(extras[bit / 8] >> bit % 8 & 1) << b;
+    }
+    set(i, slot.gap + extra);
+  }
+  require(state[0] == kLeast && state[1] == kLeast && word == words_end && extra_bits - bit < 8,
+          "a block does not end where its symbols do");
+}
+
+}  // namespace tallcodec

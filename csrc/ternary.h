@@ -1,0 +1,41 @@
+// Ternary planes: which elements of a tensor are 1 or -1, the gaps between them entropy coded, in blocks
+// that decode alone. docs/format.md, "Ternary planes".
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace tallcodec {
+
+constexpr uint64_t kTernaryBlock = 262144;  // elements
+constexpr uint32_t kTernarySlotBits = 11;   // of a frequency
+
+// The coded plane of n elements: bits as a mask has them, of those that are not 0 and, among these, of
+// those that are -1. Spare bits are 0.
+std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n);
+
+// A coded plane of n elements. Believes nothing: what is not sound is an Error(Status::Format).
+class TernaryPlane {
+ public:
+  TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n);
+
+  // Bytes of the plane before its blocks, and where block `block` lies in it.
+  uint64_t head() const { return head_; }
+  uint64_t begin(uint64_t block) const;
+  uint64_t end(uint64_t block) const;
+  uint64_t blocks() const { return (n_ + kTernaryBlock - 1) / kTernaryBlock; }
+
+  // The bits of the elements from block * kTernaryBlock on, in (elements + 7) / 8 bytes each.
+  void decode(uint64_t block, uint8_t* mask, uint8_t* signs) const;
+
+ private:
+  struct Slot {
+    uint16_t frequency, bias;  // bias: the slot's place among those of its symbol
+    uint32_t gap : 27, extra : 5;  // the smallest gap of the symbol, and how many bits are added to it
+  };
+
+  const uint8_t* bytes_;
+  uint64_t size_, n_, head_;
+  Slot slots_[1 << kTernarySlotBits];
+};
+
+}  // namespace tallcodec
