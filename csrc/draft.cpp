@@ -78,17 +78,20 @@ void Draft::drop(uint32_t& plane) {
   plane = kNone;
 }
 
+void Draft::leave_out(EntryRecord& e, bool base_nonfinite) {
+  e.coding = Coding::Verbatim;
+  e.reason = base_nonfinite ? Reason::NonfiniteBase : Reason::NonfiniteTask;
+  e.factor = 0;
+  drop(e.plane);
+  drop(e.scales_plane);
+}
+
 bool Draft::leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uint8_t>& nonfinite) {
   bool any = false;
   const std::vector<uint32_t> coded = t.coded();
   for (size_t k = 0; k < coded.size(); ++k) {
     if (!base_nonfinite && !nonfinite[k]) continue;
-    EntryRecord& e = t.entries[coded[k]].record;
-    e.coding = Coding::Verbatim;
-    e.reason = base_nonfinite ? Reason::NonfiniteBase : Reason::NonfiniteTask;
-    e.factor = 0;
-    drop(e.plane);
-    drop(e.scales_plane);
+    leave_out(t.entries[coded[k]].record, base_nonfinite);
     any = true;
   }
   if (t.coded().empty()) {
@@ -176,11 +179,11 @@ uint64_t Draft::finish() {
     index.counts.insert(index.counts.end(), t.counts.begin(), t.counts.end());
     index.tensors.push_back(r);
   }
-  for (const auto& [name, threshold] : tasks) {
+  for (const DraftTask& task : tasks) {
     TaskRecord r{};
-    r.name = string(name);
-    r.threshold = threshold;
-    r.method = recipe.method;
+    r.name = string(task.name);
+    r.threshold = task.threshold;
+    r.method = task.method;
     index.tasks.push_back(r);
   }
   for (uint32_t k = 0; k < tasks.size(); ++k) {
@@ -230,7 +233,7 @@ uint64_t Draft::finish() {
 
 std::string who(const Draft& d, const DraftTensor& t, uint32_t task) {
   return task == kNone ? text("base, tensor '", t.name, "'")
-                       : text("task '", d.tasks[task].first, "', tensor '", t.name, "'");
+                       : text("task '", d.tasks[task].name, "', tensor '", t.name, "'");
 }
 
 void Values::open(const Draft& draft, const DraftTensor& tensor) {

@@ -47,6 +47,12 @@ struct DraftTensor {
   }
 };
 
+struct DraftTask {
+  std::string name;
+  float threshold;
+  Method method;
+};
+
 struct DraftMeta {
   uint32_t scope;
   std::string key, value;
@@ -58,7 +64,7 @@ struct Draft {
   std::string label;
   std::string writer;
   Recipe recipe;
-  std::vector<std::pair<std::string, float>> tasks;  // name, threshold
+  std::vector<DraftTask> tasks;
   std::vector<DraftTensor> tensors;
   std::vector<DraftPlane> planes;
   std::vector<std::pair<FileRecord, std::string>> files;
@@ -78,6 +84,8 @@ struct Draft {
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
   // What was reserved for the plane becomes a free range; its name becomes kNone.
   void drop(uint32_t& plane);
+  // An entry with NaN or infinity, its task's or the base's, becomes verbatim.
+  void leave_out(EntryRecord& entry, bool base_nonfinite);
   // Tasks with NaN or infinity (flags, one per coded task) become verbatim in the tensor, all of
   // them where the base has one. Gives whether any did.
   bool leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uint8_t>& nonfinite);

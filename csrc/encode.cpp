@@ -9,52 +9,14 @@
 #include "draft.h"
 #include "float_environment.h"
 #include "merge.h"
+#include "moments.h"
 #include "parallel.h"
+#include "sparsify.h"
 #include "survey.h"
 #include "text.h"
 
 namespace tallcodec {
 namespace {
-
-// The three statistics of a range of elements.
-struct Moments {
-  double tau_sq = 0, dot = 0, approx_sq = 0;
-
-  void add(const Moments& m) {
-    tau_sq += m.tau_sq;
-    dot += m.dot;
-    approx_sq += m.approx_sq;
-  }
-};
-
-double add_lanes(const double* lanes) {
-  double sum[kLanes];
-  std::copy(lanes, lanes + kLanes, sum);
-  for (uint32_t half = kLanes / 2; half; half /= 2) {
-    for (uint32_t i = 0; i < half; ++i) sum[i] += sum[i + half];
-  }
-  return sum[0];
-}
-
-Moments moments(const Sums& s) {
-  return {add_lanes(s.tau_sq), add_lanes(s.dot), add_lanes(s.approx_sq)};
-}
-
-// Of the least-squares scale, how much unit gain may take: 9 times it makes the gain 1 where the cosine
-// of m∘s and tau is 1/3, and tau three times as long. What follows tau less does more harm than good.
-constexpr double kMost = 9;
-
-// The scale that makes the gain 1, or what is allowed of it, and what it makes of the moments.
-float unit_gain(const Moments& m) {
-  if (m.approx_sq > 0 && !(m.dot > 0)) return 0;
-  const float g = static_cast<float>(std::min(m.tau_sq / m.dot, kMost * (m.dot / m.approx_sq)));
-  return std::isnormal(g) ? g : 1.0f;
-}
-
-Moments scaled(const Moments& m, float scale) {
-  double g = scale;
-  return {m.tau_sq, g * m.dot, (g * m.approx_sq) * g};
-}
 
 // What the units of one coded tensor leave for its end, when they can be put in order.
 struct Progress {
@@ -143,9 +105,9 @@ MaskRule rule_of(Method method) {
 // The parameter of a coded task's rule for its mask.
 float threshold_of(const Draft& d, const DraftTensor& t, uint32_t task) {
   switch (d.recipe.method) {
-    case Method::Tall: return d.tasks[task].second;
+    case Method::Tall: return d.tasks[task].threshold;
     // The kernels ask for more than the threshold, and the cut itself is kept.
-    case Method::Magnitude: return std::nextafter(d.tasks[task].second, -1.0f);
+    case Method::Magnitude: return std::nextafter(d.tasks[task].threshold, -1.0f);
     default: return t.entries[task].record.factor;
   }
 }
@@ -286,8 +248,9 @@ Encoder::Encoder(int fd, std::string label, std::string writer, const Recipe& re
 }
 Encoder::~Encoder() = default;
 
-uint32_t Encoder::add_task(std::string name, float threshold) {
-  draft_->tasks.emplace_back(std::move(name), threshold);
+uint32_t Encoder::add_task(std::string name, float threshold, bool ternary) {
+  const Method method = ternary ? Method::Ternary : draft_->recipe.method;
+  draft_->tasks.push_back({std::move(name), threshold, method});
   return static_cast<uint32_t>(draft_->tasks.size() - 1);
 }
 
@@ -333,9 +296,13 @@ void Encoder::run(const Options& options) {
   d.place();
   const Survey found = survey(d, options);
   if (d.recipe.method == Method::Magnitude) {
-    for (size_t k = 0; k < d.tasks.size(); ++k) d.tasks[k].second = found.cut[k];
+    for (size_t k = 0; k < d.tasks.size(); ++k) {
+      if (d.tasks[k].method == Method::Magnitude) d.tasks[k].threshold = found.cut[k];
+    }
   } else if (d.recipe.method == Method::Adapted) {
-    for (auto& [name, threshold] : d.tasks) threshold = static_cast<float>(kNear);
+    for (DraftTask& task : d.tasks) {
+      if (task.method == Method::Adapted) task.threshold = static_cast<float>(kNear);
+    }
   }
 
   struct Item {
@@ -378,9 +345,10 @@ void Encoder::run(const Options& options) {
       if (settle(d, d.tensors[i], *progress[i])) again.push_back(i);
       progress[i].reset();
     }
-    if (again.empty()) return;
+    if (again.empty()) break;
     coded = std::move(again);
   }
+  sparsify(d, options);
 }
 
 std::vector<Encoder::Pending> Encoder::verbatim() const {

@@ -15,7 +15,7 @@ struct Draft;
 struct Recipe {
   Merge merge = Merge::TaskArithmetic;
   Method method = Method::Tall;
-  double density = 0;  // Ties, Magnitude: the share of every task vector that is kept
+  double density = 0;  // Ties, Magnitude, Ternary: the share of every task vector that is kept
   ScaleMode scale = ScaleMode::None;
   BaseStorage storage = BaseStorage::Embedded;
   // The tasks are this many times the same ones with other thresholds: all of them, all of them again,
@@ -31,18 +31,20 @@ class Encoder {
   Encoder(int fd, std::string label, std::string writer, const Recipe& recipe);
   ~Encoder();
 
-  // `threshold` is lambda; the other methods find what they store in its place.
-  uint32_t add_task(std::string name, float threshold);
+  // A task is coded by the recipe's method or in ternary planes. `threshold` is lambda; of ternary
+  // planes it is the bits per parameter, or 0: the recipe's density decides. The other methods find
+  // what they store in its place.
+  uint32_t add_task(std::string name, float threshold, bool ternary);
   // Tensors are added in ascending order of their names; every task's entry begins as absent.
   // A tensor that the base lacks has no dtype, no shape and no source.
   uint32_t add_tensor(std::string name, bool in_base, DType dtype, std::vector<uint64_t> shape,
                       DType shared_dtype, Source base, uint32_t alias);
-  // `source` is read by run() for Coding::Mask only.
+  // `source` is read by run() for Coding::Mask and Coding::Ternary only.
   void set_entry(uint32_t task, uint32_t tensor, Coding coding, DType dtype,
                  std::vector<uint64_t> shape, Reason reason, Source source);
 
   // Places the planes, reads base and tasks once (and before, where something must be known of their
-  // values first: survey.h, adapt.h), writes base, shared and mask planes. Tasks whose
+  // values first: survey.h, adapt.h, sparsify.h), writes base, shared, mask and ternary planes. Tasks whose
   // tensor proves to hold NaN or infinity become verbatim; such a tensor alone is read again.
   void run(const Options& options);
 

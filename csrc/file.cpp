@@ -6,6 +6,7 @@
 #include "format.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "ternary.h"
 #include "text.h"
 
 namespace tallcodec {
@@ -24,12 +25,13 @@ std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tens
   auto use = [&](uint32_t plane) {
     if (plane != kNone) planes.push_back(plane);
   };
-  if (!e || e->coding == Coding::Base || e->coding == Coding::Mask) use(t.base_plane);
+  const bool ternary = e && e->coding == Coding::Ternary;
+  if (!e || e->coding == Coding::Base || e->coding == Coding::Mask || ternary) use(t.base_plane);
   if (e && e->coding == Coding::Mask) {
     use(t.shared_plane);
     use(t.shared_scales_plane);
   }
-  if (e && (e->coding == Coding::Mask || e->coding == Coding::Verbatim)) {
+  if (e && (e->coding == Coding::Mask || e->coding == Coding::Verbatim || ternary)) {
     use(e->plane);
     use(e->scales_plane);
   }
@@ -50,16 +52,19 @@ struct PlaneBytes {
 // One tensor on its way out.
 struct Job {
   const Request* request = nullptr;
-  Coding coding;       // as the base, mask or verbatim
-  PlaneBytes copied;   // all but mask: what the tensor is
+  Coding coding;       // as the base, mask, verbatim or ternary
+  PlaneBytes copied;   // as the base, verbatim: what the tensor is
   PlaneBytes base, shared, shared_scales, row_scales;
   std::vector<PlaneBytes> masks;
+  PlaneBytes coded;  // ternary
+  std::shared_ptr<const TernaryPlane> ternary;
   uint32_t min_tasks = 1;  // as in Merging; a task's own mask is the consensus of one
   DecodeBlock block{};     // the types and the scale
   uint64_t elements = 0, row_length = 0;
 
   uint64_t parts() const {
     if (coding == Coding::Mask) return units();
+    if (coding == Coding::Ternary) return ternary->blocks();
     if (!copied.record) return 0;  // no elements
     if (copied.record->coding == PlaneCoding::Zstd) return 1;
     return (copied.record->raw_size + kCopyChunk - 1) / kCopyChunk;
@@ -69,7 +74,7 @@ struct Job {
 
 // What a thread reads into or computes.
 struct Buffers {
-  std::vector<uint8_t> base, mask;
+  std::vector<uint8_t> base, mask, signs;
 };
 
 class Decoder {
@@ -92,7 +97,7 @@ class Decoder {
   // A plane that can be decoded.
   PlaneBytes known_plane(uint32_t id) const {
     const PlaneRecord& p = index_.planes[id];
-    if (!is_known(p.kind) || p.coding > PlaneCoding::External) {
+    if (!is_known(p.kind) || p.coding > PlaneCoding::Gaps) {
       throw Error(Status::Version,
                   text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
                        " and coding ", int(p.coding), ", which need a newer tallcodec"));
@@ -114,6 +119,14 @@ class Decoder {
         break;
       case Coding::Verbatim:
         if (e->plane != kNone) j.copied = known_plane(e->plane);
+        break;
+      case Coding::Ternary:
+        j.base = base_plane(request, t.base_plane);
+        use_ternary(j, *e);
+        j.block.base_dtype = t.dtype;
+        j.block.out_dtype = e->dtype;
+        j.block.shared_dtype = kSigns;
+        j.block.scale = e->scale;
         break;
       default:
         j.base = base_plane(request, t.base_plane);
@@ -180,6 +193,8 @@ class Decoder {
       const auto& [job, part] = items[i];
       if (job->coding == Coding::Mask) {
         decode_unit(*job, part, buffers_[worker]);
+      } else if (job->coding == Coding::Ternary) {
+        decode_ternary(*job, part, buffers_[worker]);
       } else {
         copy(job->copied, part, static_cast<uint8_t*>(job->request->out), buffers_[worker].base);
       }
@@ -250,6 +265,18 @@ class Decoder {
     for (uint32_t task : tasks) {
       j.masks.push_back(known_plane(index_.entry(task, index_.original(tensor)).plane));
     }
+  }
+
+  void use_ternary(Job& j, const EntryRecord& e) const {
+    j.coded = known_plane(e.plane);
+    const uint8_t* const bytes = j.coded.source.memory;
+    try {
+      j.ternary = std::make_shared<TernaryPlane>(bytes, j.coded.record->size, j.elements);
+    } catch (const Error&) {
+      check(j.coded, bytes, 0, j.coded.record->size);  // damage is to be called so
+      throw;
+    }
+    check(j.coded, bytes, 0, j.ternary->head());
   }
 
   PlaneBytes base_plane(const Request& request, uint32_t id) const {
@@ -323,6 +350,34 @@ class Decoder {
       kernels_.consensus(block, job.min_tasks, buffer.data());
     }
     return buffer.data();
+  }
+
+  void decode_ternary(const Job& job, uint64_t number, Buffers& buffers) const {
+    const uint64_t first = number * kTernaryBlock;
+    const uint64_t n = std::min(kTernaryBlock, job.elements - first);
+    const uint64_t begin = job.ternary->begin(number), end = job.ternary->end(number);
+    part(job.coded, begin, end);
+    buffers.mask.resize((n + 7) / 8);
+    buffers.signs.resize((n + 7) / 8);
+    try {
+      job.ternary->decode(number, buffers.mask.data(), buffers.signs.data());
+    } catch (const Error& e) {
+      throw Error(e.status, text(file_.label(), ": ", file_.describe(job.coded.id), ": ", e.message));
+    }
+    const uint32_t base_size = size_of(job.block.base_dtype), out_size = size_of(job.block.out_dtype);
+    const uint64_t step = kSumBlock / base_size;
+    for (uint64_t at = 0; at < n; at += step) {
+      const uint64_t size = std::min(step, n - at), position = (first + at) * base_size;
+      DecodeBlock block = job.block;
+      block.n = size;
+      const uint8_t* const base = view(job.base, position, size * base_size, buffers.base);
+      check(job.base, base, position, size * base_size);
+      block.base = base;
+      block.mask = buffers.mask.data() + at / 8;
+      block.shared = buffers.signs.data() + at / 8;
+      block.out = static_cast<uint8_t*>(job.request->out) + (first + at) * out_size;
+      kernels_.decode(block);
+    }
   }
 
   void decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const {
@@ -427,7 +482,7 @@ TensorInfo File::info(uint32_t task, uint32_t tensor) const {
   }
   if (task != kNone) {
     const EntryRecord& e = index_->entry(task, target);
-    if (e.coding > Coding::Absent) {
+    if (e.coding > Coding::Ternary) {
       throw Error(Status::Version, text(label_, ": ", name(*index_, tensor), " of task '",
                                         index_->text(index_->tasks[task].name), "' has coding ",
                                         int(e.coding), ", which needs a newer tallcodec"));
@@ -564,7 +619,9 @@ std::string File::describe(uint32_t plane) const {
     for (uint32_t k = 0; k < index_->tasks.size(); ++k) {
       const EntryRecord& e = index_->entry(k, i);
       if (e.coding == Coding::Absent) continue;
-      const char* kind = e.plane == plane ? (e.coding == Coding::Mask ? "mask" : "verbatim plane")
+      const char* kind = e.plane == plane ? (e.coding == Coding::Mask      ? "mask"
+                                             : e.coding == Coding::Ternary ? "ternary plane"
+                                                                           : "verbatim plane")
                          : e.scales_plane == plane ? "scales per row"
                                                    : nullptr;
       if (kind && plane != kNone) {

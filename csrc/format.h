@@ -29,17 +29,17 @@ constexpr uint64_t sum_count(uint64_t size) { return (align64(size) + kSumBlock 
 
 enum class PlaneKind : uint8_t { Base = 1, Shared, Mask, Ternary, Scales, Verbatim, File };
 constexpr bool is_known(PlaneKind kind) {
-  return kind >= PlaneKind::Base && kind <= PlaneKind::File && kind != PlaneKind::Ternary;
+  return kind >= PlaneKind::Base && kind <= PlaneKind::File;
 }
-enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External };
+enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External, Gaps };
 enum class BaseStorage : uint8_t { Embedded = 1, Referenced };
 enum class Merge : uint8_t { TaskArithmetic = 1, Average, Ties };
 enum class ScaleMode : uint8_t { None = 0, UnitGain, UnitGainRow };
-enum class Method : uint8_t { Tall = 1, Magnitude, Adapted };
+enum class Method : uint8_t { Tall = 1, Magnitude, Adapted, Ternary };
 constexpr bool is_known(Method method) {
-  return method >= Method::Tall && method <= Method::Adapted;
+  return method >= Method::Tall && method <= Method::Ternary;
 }
-enum class Coding : uint8_t { Base = 0, Mask, Verbatim, Absent };
+enum class Coding : uint8_t { Base = 0, Mask, Verbatim, Absent, Ternary };
 enum class Reason : uint8_t {
   None = 0, DType, Shape, NotInBase, NonfiniteTask, NonfiniteBase
 };

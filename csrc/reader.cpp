@@ -203,6 +203,12 @@ class Validator {
       if (p.coding == PlaneCoding::Raw) {
         require(p.size == p.raw_size, "plane ", i, " is raw but its size and raw size differ");
       }
+      if (p.coding == PlaneCoding::Gaps) {
+        require(p.kind == PlaneKind::Ternary || !is_known(p.kind), "plane ", i,
+                " is coded by gaps but not ternary");
+      } else if (p.coding <= PlaneCoding::External) {
+        require(p.kind != PlaneKind::Ternary, "plane ", i, " is ternary but not coded as such");
+      }
       if (p.coding == PlaneCoding::Zstd) {
         require(p.kind == PlaneKind::Verbatim || p.kind == PlaneKind::File || !is_known(p.kind),
                 "plane ", i,
@@ -345,7 +351,7 @@ class Validator {
   }
 
   void entry(const EntryRecord& e, const TensorRecord& t, Method method, const Who& who) const {
-    if (e.coding > Coding::Absent) return;  // of a newer writer; refused when it is asked for
+    if (e.coding > Coding::Ternary) return;  // of a newer writer; refused when it is asked for
     if (e.coding == Coding::Absent) {
       EntryRecord bare{};
       bare.coding = Coding::Absent;
@@ -355,7 +361,7 @@ class Validator {
     }
     uint64_t n = elements(e.dims, e.rank, who);
     require_known(size_of(e.dtype) != 0, who, " has unknown element type ", int(e.dtype));
-    if (e.coding != Coding::Mask) {
+    if (e.coding != Coding::Mask && e.coding != Coding::Ternary) {
       require(e.scale == 1 && e.scales_plane == kNone && e.factor == 0 && !e.set_bits &&
                   !e.published_bits && e.tau_sq == 0 && e.dot == 0 && e.approx_sq == 0,
               who, " has no mask but statistics, scales or the factor of one");
@@ -370,6 +376,15 @@ class Validator {
     require(e.reason == Reason::None, who, " is not verbatim but says why it is");
     if (e.coding == Coding::Base) {
       require(e.dtype == t.dtype && e.plane == kNone, who, " is as the base but differs from it");
+      return;
+    }
+    if (e.coding == Coding::Ternary) {
+      require(is_arithmetic(t.dtype) && is_arithmetic(e.dtype) && n > 0, who,
+              " has a ternary plane but no arithmetic element type");
+      require(e.set_bits == e.published_bits && e.set_bits <= n && e.factor == 0 &&
+                  e.scales_plane == kNone,
+              who, " has a ternary plane and what belongs to a mask");
+      plane(e.plane, PlaneKind::Ternary, 2 * ((n + 7) / 8), who);
       return;
     }
     require(is_arithmetic(e.dtype) && n > 0 && t.shared_plane != kNone, who,

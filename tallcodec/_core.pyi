@@ -26,7 +26,7 @@ class Encoder:
         self, fd: int, label: str, writer: str, *, merge: int, method: int, density: float,
         scale: int, base_storage: int, trials: int = 1,
     ) -> None: ...  # fmt: skip
-    def add_task(self, name: str, threshold: float) -> int: ...
+    def add_task(self, name: str, threshold: float, ternary: bool) -> int: ...
     def add_tensor(
         self, name: str, in_base: bool, dtype: int, shape: tuple[int, ...], shared_dtype: int,
         base: Source, alias: int,

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from . import encoding, merging, numbers
 from . import file as tall
@@ -64,11 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threshold", action="append", metavar="[NAME=]NUMBER",
                      help="λ of the masks, for all tasks or for one (the others then have "
                      "0.4, as published); default: auto, masks adapted to the weights")  # fmt: skip
-    sub.add_argument("--method", default="tall", choices=encoding.METHODS,
-                     help="how a task is coded (default: %(default)s)")  # fmt: skip
-    sub.add_argument("--density", type=float, default=0.2,
+    sub.add_argument("--method", action="append", metavar="[NAME=]METHOD",
+                     help=f"how tasks are coded, all or one (others: tall): "
+                     f"{', '.join(encoding.METHODS)} (default: tall)")  # fmt: skip
+    sub.add_argument("--bits", type=float,
+                     help="bits per parameter and task of ternary planes "
+                     f"(default: {encoding.BITS})")  # fmt: skip
+    sub.add_argument("--density", type=float,
                      help="the share of each task vector that ties and magnitude masks keep "
-                     "(default: %(default)s)")  # fmt: skip
+                     f"(default: {encoding.DENSITY}), and ternary planes in place of bits")
     sub.add_argument("--scale", default="auto", choices=encoding.SCALES,
                      help="unit-gain keeps the length of a task vector along its own direction, "
                      "by one scale per tensor or row; auto: unit-gain for adapted masks, "
@@ -125,7 +130,8 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         a.output,
         merge=a.merge,
         threshold=_threshold(a.threshold or ["auto"], tasks),
-        method=a.method,
+        method=_per_task("--method", a.method or ["tall"], tasks, "tall", str),
+        bits=a.bits,
         density=a.density,
         scale=a.scale,
         shared_dtype=a.shared_dtype,
@@ -190,19 +196,28 @@ def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
 
 
 def _threshold(values: Sequence[str], tasks: dict[str, str]) -> str | float | dict[str, float]:
-    """One number for all, or one per task, where a plain number stands for the tasks not named."""
     if values == ["auto"]:
         return "auto"
     try:
-        plain = [float(v) for v in values if "=" not in v]
-        pairs = _pairs("--threshold", [v for v in values if "=" in v])
-        named = {name: float(value) for name, value in pairs.items()}
+        return _per_task("--threshold", values, tasks, 0.4, float)
     except ValueError as error:
         what = "auto, a number or NAME=NUMBER"
-        raise ArgumentError(f"--threshold must be {what}: {error}") from error
+        raise ArgumentError(
+            f"--threshold must be {what}: {error} (a search is for Python: it needs a function)"
+            if "search" in values else f"--threshold must be {what}: {error}"
+        ) from error
+
+
+def _per_task(
+    option: str, values: Sequence[str], tasks: dict[str, str], default: Any, convert: Callable
+) -> Any:
+    """One value for all, or one per task, where a plain value stands for the tasks not named."""
+    plain = [convert(v) for v in values if "=" not in v]
+    pairs = _pairs(option, [v for v in values if "=" in v])
+    named = {name: convert(value) for name, value in pairs.items()}
     if len(plain) > 1:
-        raise ArgumentError("--threshold is given twice for all tasks")
-    return {**dict.fromkeys(tasks, plain[0] if plain else 0.4), **named} if named else plain[0]
+        raise ArgumentError(f"{option} is given twice for all tasks")
+    return {**dict.fromkeys(tasks, plain[0] if plain else default), **named} if named else plain[0]
 
 
 def _finite(value):

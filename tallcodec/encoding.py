@@ -23,7 +23,9 @@ from .threads import check_threads
 from .thresholds import GRID, Score, best, check_grid, check_threshold, score_trials, trial_name
 from .version import __version__
 
-METHODS = ("tall", "magnitude")
+METHODS = ("tall", "magnitude", "ternary")
+BITS = 0.6  # per parameter and task, of ternary planes: docs/benchmarks.md says what that keeps
+DENSITY = 0.2  # of TIES, and of magnitude masks as published
 SCALES = ("auto", *numbers.SCALES)
 
 
@@ -37,8 +39,9 @@ def encode(
     score: Score | None = None,
     grid: Iterable[float] = GRID,
     out: Mapping[str, Any] | None = None,
-    method: str = "tall",
-    density: float = 0.2,
+    method: str | Mapping[str, str] = "tall",
+    bits: float | Mapping[str, float] | None = None,
+    density: float | None = None,
     scale: str = "auto",
     shared_dtype: str = "auto",
     base_storage: str = "embed",
@@ -68,13 +71,20 @@ def encode(
       where it is installed, else NumPy's. All masks come from one pass over the checkpoints, and
       the file from a second one.
     - ``method``: "tall", one mask bit per parameter and task; "magnitude", masks of the largest
-      ``density`` of each task vector instead, with no λ.
-    - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep.
+      ``density`` of each task vector instead, with no λ; "ternary", no shared vector at all: the
+      signs of the largest elements of each task vector and one scale per tensor, entropy coded.
+      Or one of them per task, of "tall" and "magnitude" only one.
+    - ``bits``: of "ternary", bits per parameter and task, one number or one per task; default 0.6.
+      They are shared among a task's tensors so that the error grows least (docs/format.md,
+      "Ternary planes"). What the container adds, some 180 bytes per tensor and task, is not in it.
+    - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep,
+      default 0.2; and where it is given in place of ``bits``, that "ternary" does.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
       g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; but where m∘s follows τ so little that τ̂ would be
       more than 3 times as long as τ (a cosine under 1/3), by 9 times the least-squares factor,
       which is less; "unit-gain-row" has one g per row. "auto" is "unit-gain" where the masks are
-      adapted, else "none".
+      adapted, else "none". Ternary planes always have the unit gain of the tensor, in 16-bit types
+      that of the rounded checkpoint.
     - ``shared_dtype``: how s is stored: "float32", "bfloat16", "float16", "int8" (in blocks
       of 128), or "auto", each base tensor's own. Masks are computed against s as it is stored.
     - ``base_storage``: "embed" the base, or "reference" it by the checksums of its tensors; it is
@@ -90,14 +100,18 @@ def encode(
     ReadError, OutputExistsError or WriteError.
     """
     _choose("merge", merge, numbers.MERGES)
-    _choose("method", method, METHODS)
+    _check_tasks(tasks)
+    methods = _methods(method, tasks)
+    mask_method = next((m for m in methods.values() if m != "ternary"), "ternary")
     _choose("scale", scale, SCALES)
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
-    _check_tasks(tasks)
-    grid_ = _check_search(threshold, score, grid, out, method)
-    adapted = method == "tall" and isinstance(threshold, str) and threshold == "auto"
-    thresholds = {} if grid_ else _thresholds(threshold, tasks)
+    grid_ = _check_search(threshold, score, grid, out, mask_method)
+    adapted = mask_method == "tall" and isinstance(threshold, str) and threshold == "auto"
+    masked = [task for task, m in methods.items() if m != "ternary"]
+    thresholds = {} if grid_ else _thresholds(threshold, masked)
+    thresholds |= _bits(bits, density, [task for task in tasks if task not in masked])
+    density = DENSITY if density is None else density
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
     metadata = _metadata(metadata)
@@ -108,21 +122,28 @@ def encode(
     with contextlib.ExitStack() as stack:
         base_checkpoint = stack.enter_context(open_checkpoint(base))
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
-        family = _Family(base_checkpoint, checkpoints, numbers.SHARED_DTYPES[shared_dtype], threads)
+        ternary = [task not in masked for task in tasks]
+        family = _Family(
+            base_checkpoint, checkpoints, ternary, numbers.SHARED_DTYPES[shared_dtype], threads
+        )
         recipe = {
             "merge": numbers.MERGES[merge],
-            "method": numbers.METHODS["adapted" if adapted else method],
+            "method": numbers.METHODS["adapted" if adapted else mask_method],
             "density": density,
             "scale": numbers.SCALES[_scale(scale, adapted)],
         }
         if grid_:
-            scores = _search(family, base, list(tasks), output, grid_, score, out or {}, recipe)
-            thresholds = {task: best(grid_, found) for task, found in scores.items()}
+            part = family._replace(
+                tasks=[c for c, t in zip(checkpoints, ternary) if not t],
+                ternary=[False] * len(masked),
+            )
+            scores = _search(part, base, masked, output, grid_, score, out or {}, recipe)
+            thresholds |= {task: best(grid_, found) for task, found in scores.items()}
             metadata[SCORES] = json.dumps({"grid": grid_, "scores": scores})
 
         recipe["base_storage"] = numbers.BASE_STORAGES[base_storage]
         file = stack.enter_context(atomic_file(output, overwrite))
-        encoder = family.encode(file, label(output), thresholds.items(), recipe)
+        encoder = family.encode(file, label(output), [(t, thresholds[t]) for t in tasks], recipe)
         _add_side_data(encoder, base_checkpoint, checkpoints, metadata)
         encoder.finish()
         # What a reader would refuse is not to appear under the name.
@@ -135,6 +156,7 @@ class _Family(NamedTuple):
 
     base: Checkpoint
     tasks: list[Checkpoint]
+    ternary: list[bool]  # whether a task is coded so, and not by masks
     shared_dtype: str | None
     threads: int
 
@@ -147,10 +169,10 @@ class _Family(NamedTuple):
         trials = len(thresholds) // len(self.tasks)
         writer = f"tallcodec {__version__}"
         encoder = _core.Encoder(file.fileno(), name, writer, trials=trials, **recipe)
-        for task, threshold in thresholds:
-            encoder.add_task(task, threshold)
+        for (task, threshold), ternary in zip(thresholds, self.ternary * trials):
+            encoder.add_task(task, threshold, ternary)
         names = _names(self.base, self.tasks)
-        _plan(encoder, names, self.base, self.tasks, self.shared_dtype, trials)
+        _plan(encoder, names, self, trials)
         encoder.run(self.threads)
         _append_verbatim(encoder, names, self.tasks)
         return encoder
@@ -203,7 +225,51 @@ def _check_tasks(tasks: Mapping) -> None:
             raise ArgumentError(f"a task's name must be printable text, not {name!r}")
 
 
-def _thresholds(threshold: float | Mapping[str, float] | str, tasks: Mapping) -> dict[str, float]:
+def _methods(method: str | Mapping[str, str], tasks: Mapping) -> dict[str, str]:
+    """The method of every task, by name in task order."""
+    if isinstance(method, Mapping):
+        _check_names("method", method, tasks)
+        methods = {task: method[task] for task in tasks}
+    else:
+        methods = dict.fromkeys(tasks, method)
+    for value in methods.values():
+        _choose("method", value, METHODS)
+    if {"tall", "magnitude"} <= set(methods.values()):
+        raise ArgumentError('method: one file has masks of "tall" or of "magnitude", not of both')
+    return methods
+
+
+def _bits(
+    bits: float | Mapping[str, float] | None, density: float | None, ternary: list[str]
+) -> dict[str, float]:
+    """Bits per parameter of the tasks that are ternary, by name; 0 where a density decides."""
+    if bits is None:
+        return dict.fromkeys(ternary, BITS if density is None else 0.0)
+    if not ternary:
+        raise ArgumentError('bits is for method "ternary"')
+    if density is not None:
+        raise ArgumentError("give bits or density, not both")
+    if isinstance(bits, Mapping):
+        _check_names("bits", bits, ternary)
+    found = {task: bits[task] if isinstance(bits, Mapping) else bits for task in ternary}
+    for value in found.values():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 1e-6 <= value <= 32:
+            raise ArgumentError(f"bits must be a number from 1e-6 to 32, not {value!r}")
+    return found
+
+
+def _check_names(argument: str, given: Mapping, tasks: Iterable[str]) -> None:
+    missing, unknown = [t for t in tasks if t not in given], sorted(set(given) - set(tasks))
+    if missing or unknown:
+        raise ArgumentError(
+            f"{argument} must name each task once; missing: {missing}, unknown: {unknown}"
+        )
+
+
+def _thresholds(
+    threshold: float | Mapping[str, float] | str, tasks: list[str]
+) -> dict[str, float]:
     """λ of every task, by name in task order; anything where the masks are adapted."""
     if isinstance(threshold, str):
         if threshold != "auto":
@@ -213,9 +279,7 @@ def _thresholds(threshold: float | Mapping[str, float] | str, tasks: Mapping) ->
             )
         return dict.fromkeys(tasks, 0.0)
     if isinstance(threshold, Mapping):
-        if set(threshold) != set(tasks):
-            odd = sorted(set(threshold) ^ set(tasks))
-            raise ArgumentError(f"threshold must name each task once; these do not match: {odd}")
+        _check_names("threshold", threshold, tasks)
         return {name: check_threshold(threshold[name]) for name in tasks}
     return dict.fromkeys(tasks, check_threshold(threshold))
 
@@ -256,12 +320,11 @@ def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 def _plan(
     encoder: _core.Encoder,
     names: list[str],
-    base: Checkpoint,
-    tasks: list[Checkpoint],
-    shared_dtype: str | None,
+    family: _Family,
     trials: int,
 ) -> None:
     """Tell the encoder every tensor, and what each task's becomes."""
+    base, tasks = family.base, family.tasks
     for checkpoint in (base, *tasks):
         _check_names_and_shapes(checkpoint)
     for task in tasks:
@@ -277,7 +340,7 @@ def _plan(
         if ours is None:
             tensor = encoder.add_tensor(name, False, 0, (), 0, None, _core.NONE)
         else:
-            shared = shared_dtype or ours.dtype
+            shared = family.shared_dtype or ours.dtype
             tensor = encoder.add_tensor(
                 name,
                 True,
@@ -293,6 +356,8 @@ def _plan(
             theirs = task.tensors.get(name)
             if theirs is not None:
                 coding, reason = _classify(ours, theirs)
+                if coding == numbers.MASK and family.ternary[i]:
+                    coding = numbers.TERNARY
                 for trial in range(trials):
                     encoder.set_entry(
                         i + trial * len(tasks),

@@ -30,25 +30,27 @@ class TaskInfo:
     """One task: how it is coded, what that costs, and how close it comes.
 
     ``density``, ``gain`` and ``error`` are over the task's coded parameters, from sums in float64
-    of the float32 values τ = θ_t − θ₀ and τ̂ = g·(m∘s). They do not count the rounding
-    to the checkpoint's dtype. NaN where nothing is coded.
+    of the float32 values τ = θ_t − θ₀ and τ̂ = g·(m∘s). Only those of ternary planes count the
+    rounding to the checkpoint's dtype. NaN where nothing is coded.
     """
 
     name: str
     method: str
     threshold: float
     """λ of "tall"; of "magnitude" the smallest magnitude that is active; of "adapted" the share of
-    the best cosine that the masks of a tensor must have."""
+    the best cosine that the masks of a tensor must have; of "ternary" the bits per parameter that
+    were asked for, 0 where a density was."""
     parameters: int
     """Elements of all tensors of the task."""
     coded_parameters: int
-    """Elements of those that have a mask."""
+    """Elements of those that have a mask or a ternary plane."""
     bytes: int
-    """Of the planes that are the task's own: masks, scales per row, verbatim tensors."""
+    """Of the planes that are the task's own: masks or ternary planes, scales per row, verbatim
+    tensors."""
     bits: float
     """8 · ``bytes`` ÷ ``parameters``."""
     density: float
-    """Share of mask bits that are 1."""
+    """Share of mask bits that are 1, or of a ternary plane's elements that are not 0."""
     published_density: float
     """The same by the method's rule; λ's also sets bits where the shared vector is zero."""
     gain: float
@@ -56,7 +58,7 @@ class TaskInfo:
     error: float
     """‖τ̂ − τ‖ ÷ ‖τ‖."""
     tensors: dict[str, int]
-    """How many are "as the base", "mask", "verbatim", "absent" or "tied"."""
+    """How many are "as the base", "mask", "ternary", "verbatim", "absent" or "tied"."""
     verbatim: list[VerbatimTensor]
 
 
@@ -75,7 +77,7 @@ class FileInfo:
     base_bytes: int
     """Of the base checkpoint's tensors, embedded or not."""
     planes: dict[str, int]
-    """Stored bytes by kind: "base", "shared", "mask", "scales", "verbatim", "file"."""
+    """Stored bytes by kind: "base", "shared", "mask", "ternary", "scales", "verbatim", "file"."""
     overhead: int
     """Bytes of the file in no plane: header, index, padding and free ranges."""
     metadata: dict[str, str]
@@ -105,14 +107,14 @@ class FileInfo:
         if self.metadata:
             lines.insert(-1, "metadata: " + ", ".join(f"{k}={v}" for k, v in self.metadata.items()))
         rows = [(
-            "task", "λ", "bits/param", "density", "gain", "error", "mask", "base", "verbatim",
+            "task", "λ", "bits/param", "density", "gain", "error", "coded", "base", "verbatim",
             "absent",
         )]  # fmt: skip
         for t in self.tasks:
             rows.append((
                 t.name, _rule(t), _3(t.bits), _3(t.density), _3(t.gain), _3(t.error),
-                str(t.tensors["mask"]), str(t.tensors["as the base"]), str(t.tensors["verbatim"]),
-                str(t.tensors["absent"]),
+                str(t.tensors["mask"] + t.tensors["ternary"]), str(t.tensors["as the base"]),
+                str(t.tensors["verbatim"]), str(t.tensors["absent"]),
             ))  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row in rows:
@@ -192,7 +194,7 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
 
 
 def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes: list) -> TaskInfo:
-    kinds = ("as the base", "mask", "verbatim", "absent")
+    kinds = ("as the base", "mask", "verbatim", "absent", "ternary")
     tally = dict.fromkeys((*kinds, "tied", "unknown"), 0)
     parameters = coded = stored = set_bits = published = 0
     tau_sq = dot = approx_sq = 0.0
@@ -216,7 +218,7 @@ def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes:
             reason = name_of(entry["reason"], numbers.REASONS)
             name = name_of(dtype, numbers.DTYPES)
             verbatim.append(VerbatimTensor(tensor["name"], name, shape, sum(own), reason))
-        elif entry["coding"] == numbers.MASK:
+        elif entry["coding"] in (numbers.MASK, numbers.TERNARY):
             coded += elements
             set_bits += entry["set_bits"]
             published += entry["published_bits"]

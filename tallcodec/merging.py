@@ -252,6 +252,13 @@ class _Merger:
         self._method = method
         self._vector = name_of(file._file.header()["merge"], numbers.MERGES)
         tasks = len(file.tasks)
+        ternary = [t.name for t in file.info.tasks if t.method == "ternary"]
+        if ternary:
+            raise ArgumentError(
+                f"{file._label} cannot be merged: what it has of {', '.join(map(repr, ternary))} "
+                "is in ternary planes and in no shared vector; merge the checkpoints "
+                "(tallcodec.merging)"
+            )
         if method == "consensus" and min_tasks > tasks:
             raise ArgumentError(f"min_tasks is {min_tasks}, {file._label} has {tasks} tasks")
         if method not in ("consensus", self._vector):

@@ -12,13 +12,13 @@ SHARED_DTYPES = {"auto": None, "float32": "F32", "float16": "F16", "bfloat16": "
 SCALES = {"none": 0, "unit-gain": 1, "unit-gain-row": 2}
 BASE_STORAGES = {"embed": 1, "reference": 2}
 MERGES = {"task-arithmetic": 1, "average": 2, "ties": 3}
-METHODS = {"tall": 1, "magnitude": 2, "adapted": 3}
+METHODS = {"tall": 1, "magnitude": 2, "adapted": 3, "ternary": 4}
 
 PLANES = {
     "base": 1, "shared": 2, "mask": 3, "ternary": 4, "scales": 5, "verbatim": 6, "file": 7,
 }  # fmt: skip
 RAW, ZSTD, EXTERNAL = range(3)  # a plane's coding
-BASE, MASK, VERBATIM, ABSENT = range(4)  # an entry's coding
+BASE, MASK, VERBATIM, ABSENT, TERNARY = range(5)  # an entry's coding
 REASONS = {
     "": 0,
     "not an arithmetic type": 1,

@@ -128,7 +128,7 @@ def test_options_bear_the_names_of_pythons_arguments():
     assert encode.keys() - options.keys() == {"tasks", "score", "grid", "out"}
     assert "task" in options
     assert options.keys() - encode.keys() == {"help", "json", "task"}
-    choices = ("merge", "method", "density", "scale", "shared_dtype", "base_storage")
+    choices = ("merge", "bits", "density", "scale", "shared_dtype", "base_storage")
     for name in (*choices, "overwrite"):
         assert options[name].default == encode[name].default
     for name in (*choices, "threads"):

@@ -359,6 +359,26 @@ def test_invalid_referenced(what):
     refuse(INVALID_REFERENCED[what], FormatError, base_storage="reference")
 
 
+INVALID_TERNARY = {
+    "raw": lambda e: e.plane(records.TERNARY_PLANE, coding=0),
+    "a zstd frame": lambda e: e.plane(records.TERNARY_PLANE, coding=1),
+    "of another size": lambda e: e.plane(records.TERNARY_PLANE, raw_size=lambda x: x + 1),
+    "another plane by gaps": lambda e: e.plane(records.BASE, coding=3),
+    "of another kind": lambda e: e.plane(records.TERNARY_PLANE, kind=6, coding=0),
+    "with a factor": lambda e: e.entry("cars", "mask", factor=1.0),
+    "with scales per row": lambda e: e.entry("cars", "mask", scales_plane=0),
+    "with more than all": lambda e: e.entry("cars", "mask", set_bits=151, published_bits=151),
+    "with two counts": lambda e: e.entry("cars", "mask", published_bits=lambda x: x + 1),
+    "without a plane": lambda e: e.entry("cars", "mask", plane=records.NONE),
+    "of another shape": lambda e: e.entry("cars", "mask", rank=1),
+}
+
+
+@pytest.mark.parametrize("what", INVALID_TERNARY)
+def test_invalid_ternary(what):
+    refuse(INVALID_TERNARY[what], FormatError, method="ternary", scale="none")
+
+
 @pytest.mark.parametrize("factor", [0, -0.5, math.inf, math.nan, 1e-40])
 def test_factor_of_an_adapted_mask(factor):
     refuse(lambda e: e.entry("cars", "mask", factor=factor), FormatError, method="adapted")
@@ -384,7 +404,7 @@ def test_alias_of_an_alias():
 
 # Unknown numbers are refused by what needs them, and by nothing else.
 UNKNOWN = {
-    "plane kind": (lambda e: e.plane(records.MASK, kind=4), ("cars", "mask")),
+    "plane kind": (lambda e: e.plane(records.MASK, kind=8), ("cars", "mask")),
     "plane coding": (lambda e: e.plane(records.MASK, coding=9), ("cars", "mask")),
     "coding": (lambda e: e.entry("cars", "mask", coding=9, factor=0.5), ("cars", "mask")),
     "method": (lambda e: (e.record(records.TASK, 0, method=9), e.entry("cars", "mask", factor=-1)),

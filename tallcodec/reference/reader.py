@@ -43,6 +43,7 @@ from .records import (
     FILE,
     FILE_RECORD,
     FREE,
+    GAPS,
     HEADER,
     HEADER_SIZE,
     INDEX,
@@ -62,8 +63,10 @@ from .records import (
     SCOPE_FILE,
     SHARED,
     SLOT,
+    SPARSE,
     TASK,
     TENSOR,
+    TERNARY_PLANE,
     VERBATIM,
     VERSION,
     ZSTD,
@@ -71,6 +74,7 @@ from .records import (
     plane_sums,
     sum_count,
 )
+from .ternary import decode as decode_ternary
 
 
 def read(data: bytes, base: dict | None = None) -> "Reference":
@@ -206,6 +210,9 @@ class Reference:
                 _check(external == (self.base_storage == REFERENCED),
                        "a base plane contradicts the base storage")
             _check(p.coding != RAW or p.size == p.raw_size, "a raw plane has two sizes")
+            if p.kind == TERNARY_PLANE or (p.coding == GAPS and p.kind in KINDS):
+                _check(p.kind == TERNARY_PLANE and p.coding >= GAPS,
+                       "ternary planes, and only they, are coded by gaps")
             if p.coding == ZSTD:
                 _check(p.kind in (VERBATIM, FILE), "a plane of this kind is no zstd frame")
                 _check(p.raw_size <= 32768 * p.size, "a zstd frame cannot hold that much")
@@ -276,7 +283,7 @@ class Reference:
         if t.alias != NONE:
             _check(raw == bytes(ENTRY.size), f"{what} is an alias with an entry of its own")
             return None
-        if raw[0] > ABSENT:  # an unknown coding: refused when it is asked for
+        if raw[0] > SPARSE:  # an unknown coding: refused when it is asked for
             return ENTRY.type(*ENTRY.struct.unpack(raw))
         e = ENTRY.unpack(raw)
         if e.coding == ABSENT:
@@ -287,7 +294,7 @@ class Reference:
         dtype = DTYPES[e.dtype]
         _check((e.reason != 0) == (e.coding == AS_IS),
                f"{what}: a reason where there is none")
-        if e.coding != MASKED:
+        if e.coding not in (MASKED, SPARSE):
             statistics = e.factor, e.set_bits, e.published_bits, e.tau_sq, e.dot, e.approx_sq
             _check(e.scale == 1 and e.scales_plane == NONE and not any(statistics),
                    f"{what} has no mask but its factor, scales or statistics")
@@ -297,6 +304,13 @@ class Reference:
         _check(t.in_base and (e.rank, e.dims) == (t.rank, t.dims), f"{what}: another shape")
         if e.coding == AS_BASE:
             _check(e.dtype == t.dtype and e.plane == NONE, f"{what} is as the base but differs")
+            return e
+        if e.coding == SPARSE:
+            _check(dtype in ARITHMETIC and DTYPES[t.dtype] in ARITHMETIC and n > 0,
+                   f"{what}: a ternary plane of no arithmetic type")
+            _check(e.set_bits == e.published_bits <= n and e.factor == 0
+                   and e.scales_plane == NONE, f"{what}: a ternary plane like a mask")
+            self._check_plane(e.plane, TERNARY_PLANE, 2 * -(-n // 8), what)
             return e
         _check(dtype in ARITHMETIC and t.shared_plane != NONE, f"{what}: a mask of nothing")
         _check(e.set_bits <= e.published_bits <= n, f"{what}: impossible numbers of bits")
@@ -347,12 +361,17 @@ class Reference:
     def decode(self, task, name):
         """A tensor of a task."""
         t, e = self.entry(task, name)
-        _check(e.coding <= ABSENT, f"{name!r} of {task!r}: unknown coding {e.coding}", VersionError)
+        _check(e.coding <= SPARSE, f"{name!r} of {task!r}: unknown coding {e.coding}", VersionError)
         if e.coding == AS_BASE:
             return self._base_tensor(t)
         if e.coding == AS_IS:
             return self._array(e.plane, e.dtype).reshape(self.shape(e))
         b = to_float32(self._base_tensor(t)).ravel()
+        if e.coding == SPARSE:
+            signs = self.signs(e, b.size)
+            with np.errstate(all="ignore"):
+                x = decode_mask(b, signs.astype(np.float32), signs != 0, np.float32(e.scale))
+                return round_to(x, DTYPES[e.dtype]).reshape(self.shape(t))
         packed = self._array(e.plane, NUMBERS[np.dtype(np.uint8)])
         mask = np.unpackbits(packed, count=b.size, bitorder="little").astype(bool)
         scale = np.float32(e.scale)
@@ -371,6 +390,13 @@ class Reference:
             scales = self._array(tensor.scales_plane, NUMBERS[FLOAT32])
         with np.errstate(all="ignore"):
             return load_shared(stored, scales)
+
+    def signs(self, entry, n):
+        """The vector of −1, 0, 1 of a ternary entry of n elements."""
+        p = self.planes[entry.plane]
+        _check(p.kind == TERNARY_PLANE and p.coding == GAPS,
+               f"plane {entry.plane} has unknown kind {p.kind} or coding {p.coding}", VersionError)
+        return decode_ternary(self._stored(entry.plane), n)
 
     def task_state(self, task):
         """name -> array: all that the task has."""

@@ -12,13 +12,14 @@ NONE = SCOPE_BASE = 0xFFFFFFFF
 SCOPE_FILE = 0xFFFFFFFE
 MAX_RANK = 32
 
-KINDS = BASE, SHARED, MASK, SCALES, VERBATIM, FILE = 1, 2, 3, 5, 6, 7  # of planes
-RAW, ZSTD, EXTERNAL = 0, 1, 2  # plane codings
-AS_BASE, MASKED, AS_IS, ABSENT = 0, 1, 2, 3  # entry codings
+KINDS = BASE, SHARED, MASK, TERNARY_PLANE, SCALES, VERBATIM, FILE = 1, 2, 3, 4, 5, 6, 7  # of planes
+RAW, ZSTD, EXTERNAL, GAPS = 0, 1, 2, 3  # plane codings
+AS_BASE, MASKED, AS_IS, ABSENT, SPARSE = 0, 1, 2, 3, 4  # entry codings
 NOT_ARITHMETIC, OTHER_SHAPE, NOT_IN_BASE, NONFINITE_TASK, NONFINITE_BASE = 1, 2, 3, 4, 5
 EMBEDDED, REFERENCED = 1, 2
-TALL, MAGNITUDE, ADAPTED = 1, 2, 3
-METHODS = {"tall": TALL, "magnitude": MAGNITUDE, "adapted": ADAPTED}
+TALL, MAGNITUDE, ADAPTED, TERNARY = 1, 2, 3, 4
+METHODS = {"tall": TALL, "magnitude": MAGNITUDE, "adapted": ADAPTED,
+           "ternary": TERNARY}
 MERGES = {"task-arithmetic": 1, "average": 2, "ties": 3}
 SCALE_MODES = {"none": 0, "unit-gain": 1, "unit-gain-row": 2}
 

@@ -8,6 +8,7 @@ import numpy as np
 import zstandard
 
 from ..errors import ArgumentError, CheckpointError
+from . import ternary
 from .formulas import (
     ARITHMETIC,
     NEAR,
@@ -41,6 +42,7 @@ from .records import (
     FILE,
     FILE_RECORD,
     FREE,
+    GAPS,
     HEADER,
     HEADER_SIZE,
     INDEX,
@@ -67,8 +69,10 @@ from .records import (
     SCOPE_FILE,
     SHARED,
     SLOT,
+    SPARSE,
     TASK,
     TENSOR,
+    TERNARY_PLANE,
     VERBATIM,
     VERSION,
     ZSTD,
@@ -78,15 +82,17 @@ from .records import (
 
 
 def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall", density=0.2,
+          bits=None,
           scale="none", shared_dtype="auto", base_storage="embed",
           metadata=None, base_metadata=None, task_metadata=None, base_files=None, task_files=None,
           writer="tallcodec 0.1.0", force_zstd=None) -> bytes:
     """A file of `tasks` (name -> checkpoint) coded against `base`; a checkpoint is name -> array.
 
-    thresholds: lambda by task name, for method "tall". density: the share of each task vector that
-    merge "ties" and method "magnitude" keep. metadata, base_metadata: str -> str; base_files: name
-    -> bytes; task_metadata, task_files: such dicts by task name. force_zstd: True compresses every
-    verbatim and file plane, False none, None those that gain by it.
+    method: one, or one by task name. thresholds: lambda by task name, for method "tall". density:
+    the share of each task vector that merge "ties" and method "magnitude" keep, and "ternary"
+    where there are no bits: bits per parameter by task name. metadata, base_metadata: str -> str;
+    base_files: name -> bytes; task_metadata, task_files: such dicts by task name.
+    force_zstd: True compresses every verbatim and file plane, False none, None those that gain.
     """
     if scale not in SCALE_MODES or base_storage not in ("embed", "reference"):
         raise ArgumentError(f"unknown scale {scale!r} or base storage {base_storage!r}")
@@ -98,8 +104,13 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
     names = sorted({*base, *(name for state in states for name in state)})
     aliases = _aliases(names, base, states)
     numbers = [i for i in range(len(names)) if i not in aliases]
+    methods = method if isinstance(method, dict) else dict.fromkeys(tasks, method)
+    method = next((m for m in methods.values() if m != "ternary"), "ternary")
     codings = {(k, i): _classify(base, state, names[i])
                for k, state in enumerate(states) for i in numbers}
+    for k, task in enumerate(tasks):
+        codings |= {(k, i): (SPARSE, 0) for i in numbers
+                    if methods[task] == "ternary" and codings[k, i][0] == MASKED}
 
     # Who of the candidates for a mask gets one.
     candidates, coded = {}, {}
@@ -118,10 +129,16 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
     if merge == "ties" or method == "magnitude":
         with np.errstate(all="ignore"):
             cuts, majority = _survey(base, names, numbers, coded, codings, len(states), density)
-    if method == "tall":
-        thresholds = [thresholds[task] for task in tasks]
-    else:
-        thresholds = cuts if method == "magnitude" else [NEAR] * len(tasks)
+    bits = bits or {}
+    thresholds = [
+        bits.get(task, 0) if methods[task] == "ternary" else
+        thresholds[task] if method == "tall" else cuts[k] if method == "magnitude" else NEAR
+        for k, task in enumerate(tasks)]
+    sparse = {}
+    for k, task in enumerate(tasks):
+        if methods[task] == "ternary":
+            with np.errstate(all="ignore"):
+                sparse |= _sparsify(k, base, states[k], names, codings, bits.get(task, 0), density)
     encoded, masks = {}, {}
     for i in coded:
         b = base[names[i]]
@@ -149,6 +166,10 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
         entries[k, i]["plane"] = out.plane(MASK, mask, used)
         entries[k, i]["scales_plane"] = out.plane(SCALES, row_scales, used)
         entries[k, i] |= statistics
+    for (k, i), (plane, fields) in sparse.items():
+        raw_size = 2 * -(-base[names[i]].size // 8)
+        entries[k, i] |= fields
+        entries[k, i]["plane"] = out.plane(TERNARY_PLANE, plane, coding=GAPS, raw_size=raw_size)
     for (k, i), (coding, _) in codings.items():
         if coding == AS_IS:
             entries[k, i]["plane"] = out.compressed(VERBATIM, states[k][names[i]].tobytes())
@@ -180,7 +201,7 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
         index.append(TENSOR.pack(**t))
     for task, threshold in zip(tasks, thresholds):
         index.append(TASK.pack(name=out.string(task), threshold=threshold,
-                               method=METHODS[method]))
+                               method=METHODS[methods[task]]))
     for k, state in enumerate(states):
         for i, name in enumerate(names):
             e = entries.get((k, i), {})  # an alias has an entry of zeros
@@ -267,6 +288,29 @@ def _survey(base, names, numbers, coded, codings, tasks, density):
         total = add_up(trim(vectors[k, i], cuts[k]) for k in coded[i])
         votes += int(np.sum(np.sign(np.nan_to_num(total))))
     return cuts, votes > 0
+
+
+def _sparsify(k, base, state, names, codings, bits, density):
+    """(plane, fields) of a task's ternary entries, by (task, tensor). What is not finite is found
+    here, and becomes verbatim."""
+    elements, found = 0, {}
+    for (task, i), (coding, _) in codings.items():
+        if task != k or names[i] not in base or names[i] not in state:
+            continue
+        b = base[names[i]]
+        if coding == AS_BASE and b.dtype in ARITHMETIC:
+            elements += b.size
+        elif coding == SPARSE:
+            tau = to_float32(state[names[i]]).ravel() - to_float32(b).ravel()
+            if np.isfinite(tau).all():
+                found[i] = tau
+            else:
+                codings[k, i] = AS_IS, NONFINITE_TASK if _is_finite(b) else NONFINITE_BASE
+    elements += sum(tau.size for tau in found.values())
+    hulls = [ternary.hull(tau) for tau in found.values()]
+    kept = ternary.share(hulls, elements, float(np.float32(bits)), density)
+    return {(k, i): ternary.encode(base[names[i]], state[names[i]], count)
+            for i, count in zip(found, kept)}
 
 
 def _merge(rule, vectors, *, averaged, cuts, majority):

@@ -29,7 +29,7 @@ Source source(const std::vector<T>& values) {
 }
 
 // A base and two tasks with an entry of every coding, encoded into a temporary file and read back.
-Bytes encode(const Kernels* kernels, const Recipe& recipe, DType shared,
+Bytes encode(const Kernels* kernels, Recipe recipe, DType shared,
              const std::vector<float>& base) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
@@ -44,9 +44,11 @@ Bytes encode(const Kernels* kernels, const Recipe& recipe, DType shared,
 
   std::FILE* temporary = std::tmpfile();
   const int fd = fileno(temporary);
+  recipe.density = 0.3;
   Encoder encoder(fd, "test.tall", "test", recipe);
-  encoder.add_task("a", 0.4f);
-  encoder.add_task("b", 0.5f);
+  encoder.add_task("a", 0.4f, false);
+  encoder.add_task("b", 0.5f, false);
+  encoder.add_task("c", 0, true);
   auto tensor = [&](const char* name, bool in_base, uint32_t alias = kNone) {
     return encoder.add_tensor(name, in_base, in_base ? DType::F32 : DType{},
                               in_base ? shape : std::vector<uint64_t>{}, shared,
@@ -55,10 +57,11 @@ Bytes encode(const Kernels* kernels, const Recipe& recipe, DType shared,
   uint32_t head = tensor("head", false), nan = tensor("nan", true), same = tensor("same", true);
   uint32_t weight = tensor("weight", true);
   tensor("weight.tied", true, weight);
-  for (uint32_t k = 0; k < 2; ++k) {
-    encoder.set_entry(k, weight, Coding::Mask, DType::F32, shape, Reason::None, source(tasks[k]));
+  for (uint32_t k = 0; k < 3; ++k) {
+    const Coding coding = k == 2 ? Coding::Ternary : Coding::Mask;
+    encoder.set_entry(k, weight, coding, DType::F32, shape, Reason::None, source(tasks[k % 2]));
     encoder.set_entry(k, same, Coding::Base, DType::F32, shape, Reason::None, {});
-    encoder.set_entry(k, nan, Coding::Mask, DType::F32, shape, Reason::None,
+    encoder.set_entry(k, nan, coding, DType::F32, shape, Reason::None,
                       source(k ? broken : tasks[0]));
   }
   encoder.set_entry(0, head, Coding::Verbatim, DType::I64, three, Reason::NotInBase, {});
@@ -168,7 +171,7 @@ void fix_checksums(Bytes& file) {
 void test_placement_of_large_tensors() {
   constexpr uint64_t n = uint64_t{1} << 33;
   Draft draft;
-  draft.tasks = {{"a", 0.4f}, {"b", 0.4f}};
+  draft.tasks = {{"a", 0.4f, Method::Tall}, {"b", 0.4f, Method::Tall}};
   DraftTensor t;
   t.shape = {uint64_t{1} << 20, uint64_t{1} << 13};
   t.shared_dtype = DType::I8;
@@ -198,7 +201,7 @@ void damage(const Bytes& file, const std::vector<float>& base) {
   for (auto kernels = available_kernels(); *kernels; ++kernels) {
     CHECK(decode(file, base, *kernels).tensors == sound.tensors);
   }
-  CHECK(sound.tensors.size() == 22);  // 5 of task a, 4 of b, 4 of the base, merged, overlap, a file
+  CHECK(sound.tensors.size() == 26);  // 5 of task a, 4 of b, 4 of the base, merged, overlap, a file
 
   int flips_refused = 0;
   for (size_t at = 0; at < file.size(); ++at) {

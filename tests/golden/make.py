@@ -91,6 +91,20 @@ def families():
     ):
         yield name, {"a": w, "v": values(9, 2)}, two, options
 
+    half = values(300, 3).astype(ml_dtypes.bfloat16)
+    base = {"a": w, "h": half, "n": values(9, 4), "z": np.zeros(4, np.float32)}
+    sparse = [
+        {"a": task(w, k), "h": task(half, k), "n": task(values(9, 4), k), "z": -base["z"]}
+        for k in (1, 2)
+    ]
+    sparse[1]["n"][3] = np.nan
+    yield "ternary", base, sparse, {"method": "ternary", "bits": {"cars": 1.5}, "density": 0.2}
+    methods = {"cars": "ternary", "dtd": "adapted"}
+    few = [{name: state[name] for name in "ah"} for state in (base, *sparse)]
+    yield "ternary-and-masks", few[0], few[1:], {
+        "method": methods, "bits": {"cars": 0.6}, "scale": "unit-gain",
+    }  # fmt: skip
+
 
 def build():
     """Name, bytes, and the base where the file only references it."""

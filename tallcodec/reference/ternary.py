@@ -1,0 +1,252 @@
+"""Ternary planes: which elements of a task vector are kept, with what scale, and their coding."""
+
+import math
+import struct
+
+import numpy as np
+
+from ..errors import ArgumentError, FormatError
+from .formulas import FLOAT32, round_to, row_sums, segment_sums, unit_gain
+
+BLOCK = 262144  # elements
+SLOTS = 2048  # what a plane's frequencies add up to
+SYMBOLS, BITMAP = 68, 9  # of gaps; bytes that say which a plane has
+LEAST = 1 << 16  # a state between symbols
+BIN_SHIFT = 19  # of the bits of a magnitude: four bits of its fraction are left
+OCTAVES, STEPS = 2 << 23, 16  # of the search for a scale
+
+
+# The coding of gaps.
+
+
+def split(gap):
+    """(symbol, extra bits, their value) of a gap: the symbol is what gap + 4 begins with."""
+    extra = (gap + 4).bit_length() - 3
+    return 4 * extra + (gap + 4 >> extra) % 4, extra, (gap + 4) % (1 << extra)
+
+
+def pack_bits(fields):
+    """(value, bits) pairs, the first in the least significant bits of the first byte."""
+    bits = [value >> i & 1 for value, count in fields for i in range(count)]
+    return np.packbits(np.array(bits, np.uint8), bitorder="little").tobytes()
+
+
+def frequencies(counts):
+    """Counts by symbol as shares of SLOTS: rounded, not to 0; the commonest takes what is left."""
+    total = sum(counts)
+    shares = [max(1, (c * SLOTS + total // 2) // total) if c else 0 for c in counts]
+    if total:
+        shares[shares.index(max(shares))] += SLOTS - sum(shares)
+    return shares
+
+
+def code(signs):
+    """The coded plane of a vector of −1, 0, 1."""
+    blocks = []
+    for at in range(0, signs.size, BLOCK):
+        block = signs[at : at + BLOCK]
+        kept = np.flatnonzero(block)
+        gaps = np.diff(kept, prepend=-1) - 1
+        blocks.append(([split(int(gap)) for gap in gaps], (block[kept] < 0).tolist()))
+    counts = [0] * SYMBOLS
+    for symbols, _ in blocks:
+        for symbol, _, _ in symbols:
+            counts[symbol] += 1
+    shares = frequencies(counts)
+    bodies = [_code_block(symbols, negative, shares) for symbols, negative in blocks]
+    ends = np.cumsum([len(body) for body in bodies], dtype=np.uint64).tobytes()
+    bitmap = pack_bits([(share > 0, 1) for share in shares]).ljust(BITMAP, b"\0")
+    table = pack_bits([(share - 1, 11) for share in shares if share])
+    return ends + bitmap + table + b"".join(bodies)
+
+
+def _code_block(symbols, negative, shares):
+    if not symbols:
+        return b""
+    starts = np.cumsum([0, *shares]).tolist()
+    states, words = [LEAST, LEAST], []
+    for i in reversed(range(len(symbols))):
+        symbol, x = symbols[i][0], states[i % 2]
+        if x >= shares[symbol] << 21:
+            words.append(x & 0xFFFF)
+            x >>= 16
+        states[i % 2] = (x // shares[symbol] << 11) + x % shares[symbol] + starts[symbol]
+    head = struct.pack("<4I", len(symbols), len(words), *states)
+    extras = pack_bits([(value, extra) for _, extra, value in symbols])
+    return (head + struct.pack(f"<{len(words)}H", *reversed(words)) + extras
+            + pack_bits([(bit, 1) for bit in negative]))
+
+
+def decode(plane, n):
+    """The vector of −1, 0, 1 that a plane holds."""
+    blocks = -(-n // BLOCK)
+    _check(len(plane) >= 8 * blocks + BITMAP)
+    ends = struct.unpack_from(f"<{blocks}Q", plane)
+    present = [s for s in range(8 * BITMAP) if plane[8 * blocks + s // 8] >> s % 8 & 1]
+    head = 8 * blocks + BITMAP + -(-11 * len(present) // 8)
+    _check(len(plane) >= head and max(present, default=0) < SYMBOLS)
+    table = int.from_bytes(plane[8 * blocks + BITMAP : head], "little")
+    shares = {s: (table >> 11 * i & 2047) + 1 for i, s in enumerate(present)}
+    slots = [(s, i) for s, share in shares.items() for i in range(share)]
+    _check(len(slots) == SLOTS if present else len(plane) == head)
+    ends = [head, *(head + end for end in ends)]
+    _check(ends[-1] == len(plane) and ends == sorted(ends))
+    signs = np.zeros(n, np.int8)
+    for b in range(blocks):
+        if ends[b] < ends[b + 1]:
+            _decode_block(plane[ends[b] : ends[b + 1]], slots, shares,
+                          signs[b * BLOCK : (b + 1) * BLOCK])
+    return signs
+
+
+def _decode_block(block, slots, shares, out):
+    _check(len(block) >= 16)
+    count, word_count, *states = struct.unpack_from("<4I", block)
+    extras_at, signs_at = 16 + 2 * word_count, len(block) - -(-count // 8)
+    _check(0 < count <= out.size and extras_at <= signs_at and min(states) >= LEAST)
+    words = iter(struct.unpack_from(f"<{word_count}H", block, 16))
+    extras = int.from_bytes(block[extras_at:signs_at], "little")
+    used, position = 0, -1
+    for i in range(count):
+        x = states[i % 2]
+        symbol, rank = slots[x % SLOTS]
+        x = shares[symbol] * (x // SLOTS) + rank
+        if x < LEAST:
+            word = next(words, None)
+            _check(word is not None)
+            x = x << 16 | word
+        states[i % 2] = x
+        extra = symbol // 4
+        position += 1 + ((4 + symbol % 4) << extra) - 4 + (extras >> used) % (1 << extra)
+        used += extra
+        _check(position < out.size)
+        out[position] = -1 if block[signs_at + i // 8] >> i % 8 & 1 else 1
+    _check(states == [LEAST, LEAST] and next(words, None) is None)
+    _check(0 <= 8 * (signs_at - extras_at) - used < 8)
+
+
+def _check(ok):
+    if not ok:
+        raise FormatError("no sound ternary plane")
+
+
+# What is kept.
+
+
+def log2(x):
+    """From additions and multiplications alone, as docs/format.md has it."""
+    m, exponent = math.frexp(x)
+    if m < 0.70710678118654752:
+        m, exponent = 2 * m, exponent - 1
+    t = (m - 1) / (m + 1)
+    total = 0.0
+    for k in range(21, 0, -2):
+        total = total * (t * t) + 1.0 / k
+    return exponent + t * total * 2.8853900817779268
+
+
+def entropy(n, kept):
+    """Bits of a plane of n elements of which `kept` are not 0."""
+    n, kept = float(n), float(kept)
+    bits = kept + kept * log2(n / kept)
+    return bits + (n - kept) * log2(n / (n - kept)) if kept < n else bits
+
+
+def hull(tau):
+    """(kept, bits, error) on the lower convex hull, for every bin of the magnitudes, the largest
+    first, and where one more than doubles what is kept, for every doubling in it."""
+    tau_sq = row_sums(tau, np.zeros_like(tau), 1)[0][0]
+    magnitudes = np.abs(tau)
+    magnitudes = magnitudes[magnitudes > 0]
+    bins = magnitudes.view(np.uint32) >> BIN_SHIFT
+    counts, sums = np.bincount(bins), np.bincount(bins, magnitudes.astype(np.float64))
+    candidates, kept, total = [], 0, 0.0
+    for b in np.flatnonzero(counts)[::-1]:
+        count, mean, k = int(counts[b]), float(sums[b]) / float(counts[b]), max(1, 2 * kept)
+        while k < kept + count:
+            candidates.append((k, total + float(k - kept) * mean))
+            k *= 2
+        kept, total = kept + count, total + float(sums[b])
+        candidates.append((kept, total))
+    points = []
+    for kept, total in candidates:
+        error = math.sqrt(tau_sq) * (float(tau_sq) * float(kept) / (total * total) - 1)
+        point = kept, entropy(tau.size, kept), error
+        if points and (3 * kept > 2 * tau.size or not error < points[-1][2]):
+            continue
+        while len(points) > 1 and not (
+                (points[-1][2] - points[-2][2]) * (point[1] - points[-2][1])
+                < (point[2] - points[-2][2]) * (points[-1][1] - points[-2][1])):
+            points.pop()
+        points.append(point)
+    return points
+
+
+def share(hulls, elements, bits, density):
+    """How many elements each tensor keeps: steps along the hulls in order of what they gain."""
+    price_of = (lambda p: p[1]) if bits else (lambda p: float(p[0]))
+    budget = bits * elements if bits else math.floor(density * elements)
+    kept = [points[0][0] if points else 0 for points in hulls]
+    spent = 0.0
+    for points in hulls:
+        spent += price_of(points[0]) if points else 0.0
+    if spent > budget:
+        raise ArgumentError(f"{bits} bits, or a density of {density}, cannot be met")
+    steps = [((a[2] - b[2]) / (b[1] - a[1]), i, a, b)
+             for i, points in enumerate(hulls) for a, b in zip(points, points[1:])]
+    for _, i, a, b in sorted(steps, key=lambda step: -step[0]):
+        price = price_of(b) - price_of(a)
+        if spent + price > budget:
+            kept[i] = a[0] + int(float(b[0] - a[0]) * ((budget - spent) / price))
+            break
+        spent, kept[i] = spent + price, b[0]
+    return kept
+
+
+def encode(base, task, kept):
+    """(plane, fields of the entry) of one tensor that keeps so many elements."""
+    b = base.ravel().astype(np.float32)
+    tau = task.ravel().astype(np.float32) - b
+    order = np.sort(np.argsort(-np.abs(tau), kind="stable")[:kept])
+    b_kept, tau_kept = b[order], tau[order]
+    negative = tau_kept < 0
+    tau_sq = row_sums(tau, np.zeros_like(tau), 1)[0][0]
+
+    def sums(scale, dtype):
+        step = np.where(negative, -np.float32(scale), np.float32(scale))
+        if dtype != FLOAT32:
+            step = round_to(b_kept + step, dtype).astype(np.float32) - b_kept
+        _, dot, approx_sq = segment_sums(tau_kept, step) if kept else (0, 0.0, 0.0)
+        return np.array([tau_sq, dot, approx_sq])
+
+    plain = sums(1, FLOAT32)
+    scale = unit_gain(plain)
+    g = float(scale)
+    total = np.array([tau_sq, g * plain[1], (g * plain[2]) * g])
+    if task.dtype != FLOAT32:
+        scale = corrected(lambda g: sums(g, task.dtype)[1], scale, g * plain[1])
+        total = sums(scale, task.dtype)
+    signs = np.zeros(tau.size, np.int8)
+    signs[order] = np.where(negative, -1, 1)
+    fields = {"scale": scale, "set_bits": kept, "published_bits": kept,
+              **dict(zip(("tau_sq", "dot", "approx_sq"), total))}
+    return code(signs), fields
+
+
+def corrected(dot, scale, wanted):
+    """The scale whose rounded checkpoint has this Σ τ·τ̂, or comes near it."""
+    middle = int(np.float32(scale).view(np.uint32))
+    low, high = max(0, middle - OCTAVES), min(middle + OCTAVES, 0x7F7FFFFF)
+    below, above = dot(_float(low)), dot(_float(high))
+    for _ in range(STEPS):
+        half = low + (high - low) // 2
+        found = dot(_float(half))
+        if found < wanted:
+            low, below = half, found
+        else:
+            high, above = half, found
+    return _float(low if wanted - below < above - wanted else high)
+
+
+def _float(bits):
+    return np.uint32(bits).view(np.float32)
