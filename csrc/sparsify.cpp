@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "float_environment.h"
@@ -23,42 +24,50 @@ constexpr uint32_t kInfinity = 0x7f800000;
 constexpr uint64_t kChunk = 16384;  // elements looked at together
 constexpr int kSearchSteps = 16;    // of the scale, where the checkpoint is rounded to 16 bits
 
-float to_float(const uint8_t* array, DType dtype, uint64_t i) {
-  if (dtype == DType::F32) {
-    float x;
-    std::memcpy(&x, array + 4 * i, sizeof x);
-    return x;
+void convert(const uint8_t* array, DType dtype, uint64_t n, float* to) {
+  const auto half = [&](uint64_t i) {
+    uint16_t h;
+    std::memcpy(&h, array + 2 * i, sizeof h);
+    return h;
+  };
+  switch (dtype) {
+    case DType::F32: std::memcpy(to, array, n * sizeof *to); break;
+    case DType::F16: for (uint64_t i = 0; i < n; ++i) to[i] = f16_to_f32(half(i)); break;
+    default: for (uint64_t i = 0; i < n; ++i) to[i] = bf16_to_f32(half(i));
   }
-  uint16_t half;
-  std::memcpy(&half, array + 2 * i, sizeof half);
-  return dtype == DType::F16 ? f16_to_f32(half) : bf16_to_f32(half);
 }
 
-float rounded(float x, DType dtype) {
-  return dtype == DType::F16 ? f16_to_f32(f32_to_f16(x)) : bf16_to_f32(f32_to_bf16(x));
-}
+// Some consecutive elements of a tensor, from number `first` on.
+struct Chunk {
+  uint64_t first, n;
+  float base[kChunk], tau[kChunk];
+  uint32_t bits[kChunk];  // of the magnitudes of tau
+};
 
-// Runs visit(i, base, tau) over a tensor's elements.
+// Runs visit(chunk) over a tensor's elements.
 template <class Visit>
-void for_each(const Draft& d, const DraftTensor& t, uint32_t task, Visit visit) {
+void for_each_chunk(const Draft& d, const DraftTensor& t, uint32_t task, Visit visit) {
   const DraftEntry& e = t.entries[task];
-  const uint64_t n = t.elements();
-  std::vector<uint8_t> base_buffer, task_buffer;
+  const auto chunk = std::make_unique<Chunk>();
+  std::vector<uint8_t> buffer;
   uint32_t reading = kNone;
+  const auto read = [&](const Source& source, DType type, float* to) {
+    convert(source.view(chunk->first * size_of(type), chunk->n * size_of(type), buffer), type,
+            chunk->n, to);
+  };
   try {
-    for (uint64_t first = 0; first < n; first += kChunk) {
-      const uint64_t size = std::min(kChunk, n - first);
-      const auto view = [&](const Source& source, DType type, std::vector<uint8_t>& buffer) {
-        return source.view(first * size_of(type), size * size_of(type), buffer);
-      };
+    for (uint64_t first = 0; first < t.elements(); first += kChunk) {
+      chunk->first = first;
+      chunk->n = std::min(kChunk, t.elements() - first);
       reading = kNone;
-      const uint8_t* const base = view(t.base, t.record.dtype, base_buffer);
+      read(t.base, t.record.dtype, chunk->base);
       reading = task;
-      const uint8_t* const tuned = view(e.source, e.record.dtype, task_buffer);
-      for (uint64_t i = 0; i < size; ++i) {
-        const float b = to_float(base, t.record.dtype, i);
-        visit(first + i, b, to_float(tuned, e.record.dtype, i) - b);
+      read(e.source, e.record.dtype, chunk->tau);
+      for (uint64_t i = 0; i < chunk->n; ++i) {
+        chunk->tau[i] -= chunk->base[i];
+        chunk->bits[i] = float_bits(chunk->tau[i]) & 0x7fffffff;
       }
+      visit(*chunk);
     }
   } catch (const Error& error) {
     if (error.status != Status::Read) throw;
@@ -149,16 +158,20 @@ void look_at(const Draft& d, uint32_t task, Candidate& c) {
   std::vector<double> sums(kBins);
   Sums lanes{};
   bool finite = true, base_finite = true;
-  for_each(d, t, task, [&](uint64_t i, float base, float tau) {
-    const uint32_t bits = float_bits(tau) & 0x7fffffff;
-    finite &= bits < kInfinity;
-    base_finite &= is_finite(base);
-    if (bits) {
-      ++counts[bits >> kBinShift];
-      sums[bits >> kBinShift] += magnitude(tau);
+  static_assert(kUnit % kChunk == 0 && kChunk % kLanes == 0);
+  for_each_chunk(d, t, task, [&](const Chunk& chunk) {
+    for (uint64_t i = 0; i < chunk.n; ++i) {
+      const uint32_t bits = chunk.bits[i], bin = bits >> kBinShift;
+      finite &= bits < kInfinity;
+      base_finite &= is_finite(chunk.base[i]);
+      counts[bin] += bits != 0;
+      sums[bin] += float_of(bits);
     }
-    lanes.tau_sq[i % kLanes] += double(tau) * tau;
-    if ((i + 1) % kUnit == 0) {
+    for (uint64_t i = 0; i < chunk.n; i += kLanes) {
+      const uint64_t n = std::min<uint64_t>(kLanes, chunk.n - i);
+      for (uint64_t j = 0; j < n; ++j) lanes.tau_sq[j] += double(chunk.tau[i + j]) * chunk.tau[i + j];
+    }
+    if ((chunk.first + chunk.n) % kUnit == 0) {
       c.tau_sq += add_lanes(lanes.tau_sq);
       lanes = {};
     }
@@ -234,9 +247,10 @@ Cut find_cut(const Draft& d, uint32_t task, const Candidate& c) {
   const uint32_t bin = c.bins[k].number;
   if (c.bins[k].kept == c.kept) return {std::max(bin << kBinShift, 1u) - 1, 0};
   std::vector<uint32_t> inside;
-  for_each(d, d.tensors[c.tensor], task, [&](uint64_t, float, float tau) {
-    const uint32_t bits = float_bits(tau) & 0x7fffffff;
-    if (bits && bits >> kBinShift == bin) inside.push_back(bits);
+  for_each_chunk(d, d.tensors[c.tensor], task, [&](const Chunk& chunk) {
+    for (uint64_t i = 0; i < chunk.n; ++i) {
+      if (chunk.bits[i] >> kBinShift == bin && chunk.bits[i]) inside.push_back(chunk.bits[i]);
+    }
   });
   const uint64_t wanted = c.kept - (k ? c.bins[k - 1].kept : 0);
   const auto last = inside.begin() + static_cast<ptrdiff_t>(wanted - 1);
@@ -253,15 +267,31 @@ struct Kept {
 
   // Of what is decoded with this scale; element j adds to lane j mod 16.
   Moments moments(double tau_sq, float scale, DType dtype) const {
-    double dot[kLanes] = {}, approx_sq[kLanes] = {};
-    for (size_t j = 0; j < tau.size(); ++j) {
-      const float signed_scale = tau[j] < 0 ? -scale : scale;
-      const double approx = dtype == DType::F32
-                                ? signed_scale
-                                : rounded(base[j] + signed_scale, dtype) - base[j];
-      dot[j % kLanes] += tau[j] * approx;
-      approx_sq[j % kLanes] += approx * approx;
+    switch (dtype) {
+      case DType::F32: return sums(tau_sq, scale, [](float step, float) { return step; });
+      case DType::F16: return sums(tau_sq, scale, [](float step, float b) {
+        return f16_to_f32(f32_to_f16(b + step)) - b;
+      });
+      default: return sums(tau_sq, scale, [](float step, float b) {
+        return bf16_to_f32(f32_to_bf16(b + step)) - b;
+      });
     }
+  }
+
+ private:
+  template <class Approx>
+  Moments sums(double tau_sq, float scale, Approx approx) const {
+    double dot[kLanes] = {}, approx_sq[kLanes] = {};
+    const auto add = [&](size_t i, size_t lane) {
+      const double a = approx(tau[i] < 0 ? -scale : scale, base[i]);
+      dot[lane] += tau[i] * a;
+      approx_sq[lane] += a * a;
+    };
+    size_t i = 0;
+    for (; i + kLanes <= tau.size(); i += kLanes) {
+      for (size_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+    }
+    for (size_t lane = 0; i < tau.size(); ++i, ++lane) add(i, lane);
     return {tau_sq, add_lanes(dot), add_lanes(approx_sq)};
   }
 };
@@ -296,14 +326,19 @@ std::string encode_tensor(const Draft& d, uint32_t task, const Candidate& c, Ent
   std::vector<uint8_t> mask((c.elements + 7) / 8), signs(mask.size());
   Kept kept;
   uint64_t ties = cut.ties;
-  for_each(d, t, task, [&](uint64_t i, float base, float tau) {
-    const uint32_t bits = float_bits(tau) & 0x7fffffff;
-    if (bits < cut.bits || (bits == cut.bits && !ties)) return;
-    if (bits == cut.bits) --ties;
-    mask[i / 8] = uint8_t(mask[i / 8] | 1 << i % 8);
-    if (tau < 0) signs[i / 8] = uint8_t(signs[i / 8] | 1 << i % 8);
-    kept.base.push_back(base);
-    kept.tau.push_back(tau);
+  kept.base.reserve(c.kept);
+  kept.tau.reserve(c.kept);
+  for_each_chunk(d, t, task, [&](const Chunk& chunk) {
+    for (uint64_t j = 0; j < chunk.n; ++j) {
+      const uint32_t bits = chunk.bits[j];
+      if (bits < cut.bits || (bits == cut.bits && !ties)) continue;
+      if (bits == cut.bits) --ties;
+      const uint64_t i = chunk.first + j;
+      mask[i / 8] = uint8_t(mask[i / 8] | 1 << i % 8);
+      signs[i / 8] = uint8_t(signs[i / 8] | (chunk.tau[j] < 0) << i % 8);
+      kept.base.push_back(chunk.base[j]);
+      kept.tau.push_back(chunk.tau[j]);
+    }
   });
   const Moments plain = kept.moments(c.tau_sq, 1, DType::F32);
   e.scale = unit_gain(plain);

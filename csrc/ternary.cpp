@@ -251,21 +251,17 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
     uint64_t held;
     std::memcpy(&held, extras + bit / 8, sizeof held);
     held >>= bit % 8;
-    uint32_t first = 0;
-    for (uint32_t lane = 0; lane < 2; ++lane) {
-      uint32_t& x = state[lane];
-      const Slot slot = take(x);
-      uint16_t filling;
-      std::memcpy(&filling, word, sizeof filling);
-      const bool low = x < kLeast;
-      x = low ? x << 16 | filling : x;
-      word += 2 * low;
-      set(i + lane, slot.gap + (held >> first & ((1u << slot.extra) - 1)));
-      first += slot.extra;
-    }
-    bit += first;
-    require(bit <= extra_bits, "a block's bits run out");
+    const uint32_t filling = read32(word);  // for either state, or one, or none
+    const Slot first = take(state[0]), second = take(state[1]);
+    const bool low = state[0] < kLeast, also = state[1] < kLeast;
+    state[0] = low ? state[0] << 16 | (filling & 0xffff) : state[0];
+    state[1] = also ? state[1] << 16 | (filling >> 16 * low & 0xffff) : state[1];
+    word += 2 * (low + also);
+    set(i, first.gap + (held & ((1u << first.extra) - 1)));
+    set(i + 1, second.gap + (held >> first.extra & ((1u << second.extra) - 1)));
+    bit += first.extra + second.extra;
   }
+  require(bit <= extra_bits, "a block's bits run out");
   for (; i < count; ++i) {
     uint32_t& x = state[i % 2];
     const Slot slot = take(x);
