@@ -20,7 +20,16 @@ from .file import label
 from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
 from .threads import check_threads
-from .thresholds import GRID, Score, best, check_grid, check_threshold, score_trials, trial_name
+from .thresholds import (
+    BITS_GRID,
+    GRID,
+    Score,
+    best,
+    check_grid,
+    check_threshold,
+    score_trials,
+    trial_name,
+)
 from .version import __version__
 
 METHODS = ("tall", "magnitude", "ternary")
@@ -37,10 +46,11 @@ def encode(
     merge: str = "task-arithmetic",
     threshold: float | Mapping[str, float] | str = "auto",
     score: Score | None = None,
-    grid: Iterable[float] = GRID,
+    grid: Iterable[float] | None = None,
     out: Mapping[str, Any] | None = None,
     method: str | Mapping[str, str] = "tall",
     bits: float | Mapping[str, float] | None = None,
+    target: float | Mapping[str, float] | None = None,
     density: float | None = None,
     scale: str = "auto",
     shared_dtype: str = "auto",
@@ -64,7 +74,8 @@ def encode(
       and tensor, from the weights alone: a parameter follows s where τ/s > c, with the greatest c
       that leaves the cosine of m∘s and τ at least .85 of the best one (docs/benchmarks.md says what
       that keeps). c is found from a sample of the values, which are read in a pass before.
-    - ``score``, ``grid``, ``out``: for "search". Every task is decoded with every λ of the grid,
+    - ``score``, ``grid``, ``out``: for "search". Every task is decoded with every λ of the grid
+      (default the paper's, .2 to .6),
       into the same tensors each time (of ``out``, say ``model.state_dict()``, where they are
       named there), and ``score(task, state_dict)`` says how good that is: the λ with the highest
       score is taken, the smallest of equals. The scores are kept in the file. Tensors are torch's
@@ -77,6 +88,9 @@ def encode(
     - ``bits``: of "ternary", bits per parameter and task, one number or one per task; default 0.6.
       They are shared among a task's tensors so that the error grows least (docs/format.md,
       "Ternary planes"). What the container adds, some 180 bytes per tensor and task, is not in it.
+    - ``target``: in place of ``bits``, the score that "ternary" tasks have to reach, one number or
+      one per task: of the bits in ``grid`` (default .05 to 1.3) the fewest whose decoded task has
+      it by ``score``, which is called as in a search for λ.
     - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep,
       default 0.2; and where it is given in place of ``bits``, that "ternary" does.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
@@ -106,11 +120,14 @@ def encode(
     _choose("scale", scale, SCALES)
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
-    grid_ = _check_search(threshold, score, grid, out, mask_method)
+    grid_ = _check_search(threshold, target, score, grid, out, mask_method)
     adapted = mask_method == "tall" and isinstance(threshold, str) and threshold == "auto"
     masked = [task for task, m in methods.items() if m != "ternary"]
-    thresholds = {} if grid_ else _thresholds(threshold, masked)
-    thresholds |= _bits(bits, density, [task for task in tasks if task not in masked])
+    sparse = [task for task in tasks if task not in masked]
+    targets = _targets(target, bits, density, sparse)
+    searched = sparse if targets else masked if grid_ else []
+    thresholds = {} if searched == masked else _thresholds(threshold, masked)
+    thresholds |= {} if targets else _bits(bits, density, sparse)
     density = DENSITY if density is None else density
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
@@ -122,7 +139,7 @@ def encode(
     with contextlib.ExitStack() as stack:
         base_checkpoint = stack.enter_context(open_checkpoint(base))
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
-        ternary = [task not in masked for task in tasks]
+        ternary = [task in sparse for task in tasks]
         family = _Family(
             base_checkpoint, checkpoints, ternary, numbers.SHARED_DTYPES[shared_dtype], threads
         )
@@ -134,11 +151,14 @@ def encode(
         }
         if grid_:
             part = family._replace(
-                tasks=[c for c, t in zip(checkpoints, ternary) if not t],
-                ternary=[False] * len(masked),
+                tasks=[c for c, task in zip(checkpoints, tasks) if task in searched],
+                ternary=[bool(targets)] * len(searched),
             )
-            scores = _search(part, base, masked, output, grid_, score, out or {}, recipe)
-            thresholds |= {task: best(grid_, found) for task, found in scores.items()}
+            scores = _search(part, base, searched, output, grid_, score, out or {}, recipe)
+            for task, found in scores.items():
+                thresholds[task] = (
+                    _fewest(task, grid_, found, targets[task]) if targets else best(grid_, found)
+                )
             metadata[SCORES] = json.dumps({"grid": grid_, "scores": scores})
 
         recipe["base_storage"] = numbers.BASE_STORAGES[base_storage]
@@ -188,7 +208,8 @@ def _search(
     out: Mapping[str, Any],
     recipe: dict,
 ) -> dict[str, list[float]]:
-    """The scores of every task with every λ, from a file beside the output that is then removed."""
+    """The scores of every task with every value of the grid, from a file beside the output that is
+    then removed."""
     folder, name = os.path.split(os.path.realpath(output))
     recipe = recipe | {"base_storage": numbers.BASE_STORAGES["reference"]}
     thresholds = [(trial_name(task, value), value) for value in grid for task in tasks]
@@ -251,12 +272,40 @@ def _bits(
         raise ArgumentError("give bits or density, not both")
     if isinstance(bits, Mapping):
         _check_names("bits", bits, ternary)
-    found = {task: bits[task] if isinstance(bits, Mapping) else bits for task in ternary}
+    return {
+        task: _check_bits(bits[task] if isinstance(bits, Mapping) else bits) for task in ternary
+    }
+
+
+def _targets(
+    target: float | Mapping[str, float] | None, bits: Any, density: Any, ternary: list[str]
+) -> dict[str, float]:
+    """The score that each ternary task has to reach, or none where bits are given."""
+    if target is None:
+        return {}
+    if not ternary:
+        raise ArgumentError('target is for method "ternary"')
+    if bits is not None or density is not None:
+        raise ArgumentError("target finds the bits: give no bits and no density")
+    if isinstance(target, Mapping):
+        _check_names("target", target, ternary)
+    found = {task: target[task] if isinstance(target, Mapping) else target for task in ternary}
     for value in found.values():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 1e-6 <= value <= 32:
-            raise ArgumentError(f"bits must be a number from 1e-6 to 32, not {value!r}")
+        if not number or not math.isfinite(value):
+            raise ArgumentError(f"target must be a finite number, not {value!r}")
     return found
+
+
+def _fewest(task: str, grid: list[float], scores: list[float], target: float) -> float:
+    """The fewest bits whose score is the target or more."""
+    for bits, score in zip(grid, scores):
+        if score >= target:
+            return bits
+    raise ArgumentError(
+        f"task {task!r}: no bits of the grid reach the target {target:g}: the best score is "
+        f"{max(scores):g}, at {best(grid, scores):g} bits"
+    )
 
 
 def _check_names(argument: str, given: Mapping, tasks: Iterable[str]) -> None:
@@ -284,19 +333,35 @@ def _thresholds(
     return dict.fromkeys(tasks, check_threshold(threshold))
 
 
-def _check_search(threshold: Any, score: Any, grid: Any, out: Any, method: str) -> list[float]:
-    """The grid of a search, or none where there is to be no search."""
-    if not isinstance(threshold, str) or threshold != "search":
+def _check_search(
+    threshold: Any, target: Any, score: Any, grid: Any, out: Any, method: str
+) -> list[float]:
+    """The grid of a search for λ or bits, or none where there is to be no search."""
+    by_score = isinstance(threshold, str) and threshold == "search"
+    if not by_score and target is None:
         if score is not None or out is not None:
-            raise ArgumentError('score and out are for threshold="search"')
+            raise ArgumentError('score and out are for threshold="search" and for target')
         return []
-    if method != "tall":
+    if by_score and target is not None:
+        raise ArgumentError('threshold="search" and target search for λ and for bits: give one')
+    what = 'threshold="search"' if by_score else "target"
+    if by_score and method != "tall":
         raise ArgumentError(f'threshold="search" is for method "tall", not {method!r}')
     if not callable(score):
-        raise ArgumentError(f'threshold="search" needs score, a function, not {score!r}')
+        raise ArgumentError(f"{what} needs score, a function, not {score!r}")
     if out is not None and not isinstance(out, Mapping):
         raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
-    return check_grid(grid)
+    if by_score:
+        return check_grid(GRID if grid is None else grid)
+    values = check_grid(BITS_GRID if grid is None else grid)
+    return [_check_bits(value) for value in values]
+
+
+def _check_bits(value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 1e-6 <= value <= 32:
+        raise ArgumentError(f"bits must be a number from 1e-6 to 32, not {value!r}")
+    return value
 
 
 def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -83,7 +83,7 @@ class FileInfo:
     metadata: dict[str, str]
     tasks: list[TaskInfo]
     scores: dict[str, dict[float, float]]
-    """Of every task, by λ: what a search for λ found. Empty where there was none."""
+    """Of every task, by λ or bits: what a search for them found. Empty where there was none."""
 
     @property
     def models(self) -> float:
@@ -120,9 +120,10 @@ class FileInfo:
         for row in rows:
             cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
             lines.append("  ".join(cells).rstrip())
+        ternary = {task.name for task in self.tasks if task.method == "ternary"}
         for task, scores in self.scores.items():
-            found = ", ".join(f"{threshold:g}: {score:.6g}" for threshold, score in scores.items())
-            lines.append(f"scores by λ: {task}, {found}")
+            found = ", ".join(f"{value:g}: {score:.6g}" for value, score in scores.items())
+            lines.append(f"scores by {'bits' if task in ternary else 'λ'}: {task}, {found}")
         for task in self.tasks:
             for v in task.verbatim[:_LISTED]:
                 lines.append(

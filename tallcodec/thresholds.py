@@ -1,4 +1,4 @@
-"""Choosing λ: every task decoded with every λ of a grid, and scored."""
+"""Choosing λ, or bits: every task decoded with every value of a grid, and scored."""
 
 import math
 import numbers as python_numbers
@@ -11,6 +11,7 @@ from .file import File
 Score = Callable[[str, dict[str, Any]], float]
 
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6)  # the paper's
+BITS_GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3)  # of ternary planes
 
 
 def check_threshold(value: Any) -> float:
@@ -34,17 +35,17 @@ def check_grid(grid: Iterable[float]) -> list[float]:
     return values
 
 
-def trial_name(task: str, threshold: float) -> str:
-    """What a task is called in a file that has it once for every λ."""
-    return f"{task} (λ = {threshold:g})"
+def trial_name(task: str, value: float) -> str:
+    """What a task is called in a file that has it once for every value of a grid."""
+    return f"{task} (at {value:g})"
 
 
 def score_trials(
     file: File, tasks: Iterable[str], grid: list[float], score: Score, out: Mapping[str, Any]
 ) -> dict[str, list[float]]:
-    """The score of every task with every λ, from a file that has them all as tasks.
+    """The score of every task with every value of a grid, from a file that has all as tasks.
 
-    A task's tensors are the same memory for every λ: ``out``'s where it names them. Raises what
+    A task's tensors are the same memory for every value: ``out``'s where it names them. Raises what
     ``score`` raises, ArgumentError where it gives no number or NaN, and what decoding raises.
     """
     scores: dict[str, list[float]] = {}
@@ -52,9 +53,9 @@ def score_trials(
         names = dict.fromkeys(file.state_dict(trial_name(task, grid[0])))
         state = {name: tensor for name, tensor in out.items() if name in names}
         scores[task] = []
-        for threshold in grid:
-            state = file.decode(trial_name(task, threshold), out=state)
-            what = f"score({task!r}, …) at threshold {threshold:g}"
+        for value in grid:
+            state = file.decode(trial_name(task, value), out=state)
+            what = f"score({task!r}, …) at {value:g}"
             scores[task].append(check_score(score(task, state), what))
     return scores
 

@@ -157,7 +157,12 @@ def test_negative_zeros_alone(tmp_path):
     ({"bits": {"cars": 1}}, "missing: .'dtd'"), ({"bits": 1, "method": "tall"}, "bits is for"),
     ({"method": {"cars": "ternary"}}, "missing: .'dtd'"), ({"method": "Ternary"}, "method must"),
     ({"method": {"cars": "tall", "dtd": "magnitude"}}, "not of both"),
-    ({"threshold": "search", "score": lambda *a: 0}, "search"),
+    ({"threshold": "search", "score": lambda *a: 0}, "search"), ({"target": 1}, "needs score"),
+    ({"target": math.nan, "score": lambda *a: 0}, "target must"),
+    ({"target": 1, "score": lambda *a: 0, "bits": 1}, "target finds the bits"),
+    ({"target": 1, "score": lambda *a: 0, "method": "tall"}, "target is for"),
+    ({"target": 1, "score": lambda *a: math.nan}, "NaN"),
+    ({"target": 1, "score": lambda *a: 1, "grid": [0]}, "bits must be"),
 ])  # fmt: skip
 def test_bad_options_leave_the_old_file(tmp_path, options, message):
     base, tasks = small_family()
@@ -195,6 +200,31 @@ def test_a_search_leaves_ternary_tasks_alone(tmp_path):
     assert seen == {"a", "c"} and sorted(info.scores) == ["a", "c"]
     assert [t.method for t in info.tasks] == ["tall", "ternary", "tall"]
     assert [t.tensors["ternary"] for t in info.tasks] == [0, 3, 0]
+
+
+def test_a_target_takes_the_fewest_bits(tmp_path):
+    base, tasks = small_family(("a", "b", "c"))
+    needed = {"a": 0.3, "b": 0.8}
+
+    def score(task, state):
+        error = sum(np.square(np.asarray(state[n]) - t, dtype=np.float64).sum() for n, t in tasks[task].items())
+        return -float(error)
+
+    def errors(bits):
+        path = tmp_path / "trial.tall"
+        tallcodec.encode(base, tasks, path, method="ternary", bits=bits, overwrite=True)
+        with tallcodec.open(path, "np") as file:
+            return {t: score(t, file.decode(t)) for t in tasks}
+
+    target = {task: errors(bits)[task] for task, bits in needed.items()}
+    method = {"a": "ternary", "b": "ternary", "c": "tall"}
+    options = {"method": method, "score": score, "grid": [0.8, 0.3, 2]}
+    info = tallcodec.encode(base, tasks, tmp_path / "a.tall", target=target, **options)
+    assert [t.threshold for t in info.tasks[:2]] == pytest.approx([0.3, 0.8])
+    assert sorted(info.scores) == ["a", "b"] and info.tasks[2].method == "adapted"
+    with pytest.raises(ArgumentError, match="no bits of the grid reach the target 1"):
+        tallcodec.encode(base, tasks, tmp_path / "b.tall", target=1, **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tall", "trial.tall"]
 
 
 def test_merging_refuses_what_is_in_no_shared_vector(tmp_path):
