@@ -207,8 +207,8 @@ def test_a_target_takes_the_fewest_bits(tmp_path):
     needed = {"a": 0.3, "b": 0.8}
 
     def score(task, state):
-        error = sum(np.square(np.asarray(state[n]) - t, dtype=np.float64).sum() for n, t in tasks[task].items())
-        return -float(error)
+        found = {name: np.asarray(tensor) for name, tensor in state.items()}
+        return -float(sum(np.square(found[n] - t).sum() for n, t in tasks[task].items()))
 
     def errors(bits):
         path = tmp_path / "trial.tall"
