@@ -6,7 +6,8 @@ is fitted on the features of the untouched encoder and then frozen, and the whol
 fine-tuned under it. So "base" is the linear probe, the best the base does without fine-tuning.
 
 The checkpoints hold encoder and head. Heads are of different shapes and unknown to the base:
-the codec stores them verbatim, and the encoder's tensors as shared vector and masks.
+the codec stores them verbatim, and the encoder's tensors as shared vector and masks, or as ternary
+planes.
 """
 
 import argparse
@@ -146,6 +147,7 @@ def main():
         tests = make_family(folder)
         published = report(folder, tests, "published.tall", threshold=0.4, scale="none")
         report(folder, tests, "adapted.tall", threshold="auto")  # the default
+        report(folder, tests, "ternary.tall", method="ternary")
     if published < 0.5:
         sys.exit("digits: less than half of the gap was recovered")
 

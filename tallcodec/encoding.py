@@ -120,6 +120,8 @@ def encode(
     _choose("scale", scale, SCALES)
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
+    if mask_method != "tall" and threshold != "auto" and threshold != "search":
+        raise ArgumentError(f'threshold is for method "tall", not {mask_method!r}')
     grid_ = _check_search(threshold, target, score, grid, out, mask_method)
     adapted = mask_method == "tall" and isinstance(threshold, str) and threshold == "auto"
     masked = [task for task, m in methods.items() if m != "ternary"]

@@ -63,7 +63,7 @@ class MergeInfo:
             f"{self.method}{tasks}, vector {self.vector}, α {self.scale:g}, on {self.active:,} of "
             f"{self.parameters:,} parameters that tasks have masks of",
         ]
-        if not self.active:
+        if self.parameters and not self.active:
             lines.append(
                 f"no parameter is active in {self.min_tasks} tasks: this is the base. Masks that "
                 "are not adapted are denser: encode with a threshold, as published 0.4"

@@ -158,6 +158,7 @@ def test_negative_zeros_alone(tmp_path):
     ({"method": {"cars": "ternary"}}, "missing: .'dtd'"), ({"method": "Ternary"}, "method must"),
     ({"method": {"cars": "tall", "dtd": "magnitude"}}, "not of both"),
     ({"threshold": "search", "score": lambda *a: 0}, "search"), ({"target": 1}, "needs score"),
+    ({"threshold": 0.4}, "threshold is for"),
     ({"target": math.nan, "score": lambda *a: 0}, "target must"),
     ({"target": 1, "score": lambda *a: 0, "bits": 1}, "target finds the bits"),
     ({"target": 1, "score": lambda *a: 0, "method": "tall"}, "target is for"),
