@@ -57,7 +57,7 @@ def counts(which, tensors, hulls, bits):
     if which in POWERS:
         weighted = [[(k, b, e * float((t.double() ** 2).sum()) ** POWERS[which])
                      for k, b, e in points] for t, points in zip(tensors, hulls)]
-        return ternary.share(weighted, 1, bits, 0)
+        return ternary.share(weighted, [t.numel() for t in tensors], 1, bits, 0)
     magnitudes = [t.abs().flatten().sort(descending=True).values for t in tensors]
     if which == "whole":
         order = torch.cat(magnitudes).sort(descending=True).values

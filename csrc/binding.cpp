@@ -305,14 +305,15 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Encoder>(m, "Encoder")
       .def(py::init([](int fd, std::string label, std::string writer, int merge, int method,
-                       double density, int scale, int storage, uint32_t trials) {
+                       double density, int scale, int storage, bool least_bits,
+                       uint32_t trials) {
              const Recipe recipe{Merge(merge),     Method(method),       density,
-                                 ScaleMode(scale), BaseStorage(storage), trials};
+                                 ScaleMode(scale), BaseStorage(storage), least_bits, trials};
              return new Encoder(fd, std::move(label), std::move(writer), recipe);
            }),
            py::arg("fd"), py::arg("label"), py::arg("writer"), py::kw_only(), py::arg("merge"),
            py::arg("method"), py::arg("density"), py::arg("scale"), py::arg("base_storage"),
-           py::arg("trials") = 1)
+           py::arg("least_bits") = false, py::arg("trials") = 1)
       .def("add_task", &Encoder::add_task)
       .def("add_tensor",
            [](Encoder& e, std::string name, bool in_base, int dtype, std::vector<uint64_t> shape,

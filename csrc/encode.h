@@ -18,6 +18,7 @@ struct Recipe {
   double density = 0;  // Ties, Magnitude, Ternary: the share of every task vector that is kept
   ScaleMode scale = ScaleMode::None;
   BaseStorage storage = BaseStorage::Embedded;
+  bool least_bits = false;  // Ternary: too few bits become the least there is, and no error
   // The tasks are this many times the same ones with other thresholds: all of them, all of them again,
   // and so on. They are read, and merged, once.
   uint32_t trials = 1;
@@ -43,7 +44,7 @@ class Encoder {
   void set_entry(uint32_t task, uint32_t tensor, Coding coding, DType dtype,
                  std::vector<uint64_t> shape, Reason reason, Source source);
 
-  // Places the planes, reads base and tasks once (and before, where something must be known of their
+  // Places the planes, reads base and tasks once (and more often, where something must be known of their
   // values first: survey.h, adapt.h, sparsify.h), writes base, shared, mask and ternary planes. Tasks whose
   // tensor proves to hold NaN or infinity become verbatim; such a tensor alone is read again.
   void run(const Options& options);

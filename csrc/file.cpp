@@ -246,6 +246,27 @@ class Decoder {
     }
   }
 
+  // Decodes a task's ternary plane to nowhere; throws where it is not sound.
+  void try_ternary(uint32_t tensor, const EntryRecord& e) const {
+    Job j{};
+    j.elements = index_.elements(index_.tensors[tensor].dims, index_.tensors[tensor].rank);
+    use_ternary(j, e);
+    std::vector<uint8_t> mask(kTernaryBlock / 8), signs(kTernaryBlock / 8);
+    uint64_t kept = 0;
+    for (uint64_t block = 0; block < j.ternary->blocks(); ++block) {
+      const uint64_t n = std::min(kTernaryBlock, j.elements - block * kTernaryBlock);
+      try {
+        j.ternary->decode(block, mask.data(), signs.data());
+      } catch (const Error& error) {
+        unsound(j, error);
+      }
+      for (uint64_t i = 0; i < (n + 7) / 8; ++i) kept += uint64_t(__builtin_popcount(mask[i]));
+    }
+    if (kept != e.set_bits) {
+      unsound(j, Error(Status::Format, text(kept, " elements are not 0, its entry says ", e.set_bits)));
+    }
+  }
+
   // The checksum of block `block` of a plane whose bytes from that block's beginning are given.
   bool intact(const PlaneBytes& plane, uint64_t block, const uint8_t* bytes) const {
     uint64_t size = std::min(kSumBlock, plane.size() - block * kSumBlock);
@@ -272,11 +293,15 @@ class Decoder {
     const uint8_t* const bytes = j.coded.source.memory;
     try {
       j.ternary = std::make_shared<TernaryPlane>(bytes, j.coded.record->size, j.elements);
-    } catch (const Error&) {
+    } catch (const Error& e) {
       check(j.coded, bytes, 0, j.coded.record->size);  // damage is to be called so
-      throw;
+      unsound(j, e);
     }
     check(j.coded, bytes, 0, j.ternary->head());
+  }
+
+  [[noreturn]] void unsound(const Job& job, const Error& e) const {
+    throw Error(e.status, text(file_.label(), ": ", file_.describe(job.coded.id), ": ", e.message));
   }
 
   PlaneBytes base_plane(const Request& request, uint32_t id) const {
@@ -362,7 +387,7 @@ class Decoder {
     try {
       job.ternary->decode(number, buffers.mask.data(), buffers.signs.data());
     } catch (const Error& e) {
-      throw Error(e.status, text(file_.label(), ": ", file_.describe(job.coded.id), ": ", e.message));
+      unsound(job, e);
     }
     const uint32_t base_size = size_of(job.block.base_dtype), out_size = size_of(job.block.out_dtype);
     const uint64_t step = kSumBlock / base_size;
@@ -603,6 +628,19 @@ std::vector<Damage> File::verify(const Options& options) const {
     std::lock_guard lock(mutex);
     damage.push_back({plane.id, block});
   });
+  const auto is_damaged = [&](uint32_t plane) {
+    return std::any_of(damage.begin(), damage.end(), [&](const Damage& d) { return d.plane == plane; });
+  };
+  for (uint32_t task = 0; task < index_->tasks.size(); ++task) {
+    for (uint32_t i = 0; i < index_->tensors.size(); ++i) {
+      if (index_->tensors[i].alias != kNone) continue;
+      const EntryRecord& e = index_->entry(task, i);
+      if (e.coding != Coding::Ternary || is_damaged(e.plane)) continue;
+      if (!is_known(index_->planes[e.plane].kind)) continue;
+      if (options.poll) options.poll();
+      decoder.try_ternary(i, e);
+    }
+  }
   std::sort(damage.begin(), damage.end(), [](const Damage& a, const Damage& b) {
     return a.plane != b.plane ? a.plane < b.plane : a.block < b.block;
   });

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 
@@ -32,10 +33,16 @@ inline Moments moments(const Sums& s) {
 }
 
 // Of the least-squares scale, how much unit gain may take: 9 times it makes the gain 1 where the cosine
-// of m∘s and tau is 1/3, and tau three times as long. What follows tau less does more harm than good.
+// of what is decoded and tau is 1/3, and tau three times as long. What follows tau less does more harm than good.
 constexpr double kMost = 9;
 
-// The scale that makes the gain 1, or what is allowed of it, and what it makes of the moments.
+// The scale that makes the gain 1, or what is allowed of it; at most the largest float32.
+inline float bounded_gain(const Moments& m) {
+  const double g = std::min(m.tau_sq / m.dot, kMost * (m.dot / m.approx_sq));
+  return static_cast<float>(std::min(g, double{std::numeric_limits<float>::max()}));
+}
+
+// The same of a mask, which may be empty or point away; what becomes of the moments.
 inline float unit_gain(const Moments& m) {
   if (m.approx_sq > 0 && !(m.dot > 0)) return 0;
   const float g = static_cast<float>(std::min(m.tau_sq / m.dot, kMost * (m.dot / m.approx_sq)));

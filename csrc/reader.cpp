@@ -382,7 +382,7 @@ class Validator {
       require(is_arithmetic(t.dtype) && is_arithmetic(e.dtype) && n > 0, who,
               " has a ternary plane but no arithmetic element type");
       require(e.set_bits == e.published_bits && e.set_bits <= n && e.factor == 0 &&
-                  e.scales_plane == kNone,
+                  e.scales_plane == kNone && std::isfinite(e.scale),
               who, " has a ternary plane and what belongs to a mask");
       plane(e.plane, PlaneKind::Ternary, 2 * ((n + 7) / 8), who);
       return;

@@ -117,17 +117,25 @@ struct Candidate {
   std::vector<Point> points;  // the lower convex hull, from the fewest bits up
 };
 
+// No more of a tensor than this is kept, but for all of one whose magnitudes are nearly equal: what is
+// small then costs more than it is worth (docs/benchmarks.md).
+constexpr double kMostKept = 0.9, kEqual = 0.95;  // a share; a squared cosine
+
 // Adds a point to the hull, `sum` being that of the magnitudes kept. With the scale that makes the gain 1
 // the error is orthogonal to tau, and its square tau_sq * (1 / cos^2 - 1). Tensors compete by that over
 // the root of tau_sq, not by the whole of it: on real families small task vectors matter more than
-// their size says (docs/benchmarks.md).
+// their size says.
 void add_point(Candidate& c, uint64_t kept, double sum) {
-  const auto k = static_cast<double>(kept);
+  const auto k = static_cast<double>(kept), n = static_cast<double>(c.elements);
   std::vector<Point>& points = c.points;
-  const Point p{kept, entropy(static_cast<double>(c.elements), k),
-                std::sqrt(c.tau_sq) * (c.tau_sq * k / (sum * sum) - 1)};
-  // Beyond two thirds more elements take fewer bits, and serve the cosine less.
-  if (!points.empty() && (3 * kept > 2 * c.elements || !(p.error < points.back().error))) return;
+  const double inverse = c.tau_sq * k / (sum * sum);  // of the squared cosine
+  const Point p{kept, entropy(n, k), std::sqrt(c.tau_sq) * (inverse - 1)};
+  if (!points.empty() && (!(p.error < points.back().error) ||
+                          (k > kMostKept * n && !(kEqual * inverse < 1)))) {
+    return;
+  }
+  // Beyond two thirds of a tensor more elements take fewer bits.
+  while (!points.empty() && points.back().bits >= p.bits) points.pop_back();
   while (points.size() > 1) {
     const Point &a = points[points.size() - 2], &b = points.back();
     if ((b.error - a.error) * (p.bits - a.bits) < (p.error - a.error) * (b.bits - a.bits)) break;
@@ -136,15 +144,20 @@ void add_point(Candidate& c, uint64_t kept, double sum) {
   points.push_back(p);
 }
 
-// A point for every bin and, where one more than doubles what is kept, for every doubling in it.
+// A point for every bin and, where one more than doubles what is kept, for every doubling in it; one for
+// the most that is kept.
 void find_hull(Candidate& c, const std::vector<double>& sums) {
+  const auto most = static_cast<uint64_t>(kMostKept * static_cast<double>(c.elements));
   double sum = 0;
   uint64_t before = 0;
   for (const Bin& bin : c.bins) {
     const double mean = sums[bin.number] / static_cast<double>(bin.kept - before);
-    for (uint64_t k = std::max<uint64_t>(1, 2 * before); k < bin.kept; k *= 2) {
+    const auto inside = [&](uint64_t k) {
       add_point(c, k, sum + static_cast<double>(k - before) * mean);
-    }
+    };
+    uint64_t k = std::max<uint64_t>(1, 2 * before);
+    for (; k < bin.kept && k < most; k *= 2) inside(k);
+    if (before < most && most < bin.kept) inside(most);
     sum += sums[bin.number];
     add_point(c, bin.kept, sum);
     before = bin.kept;
@@ -211,7 +224,7 @@ void share(const Draft& d, uint32_t task, double elements, std::vector<Candidate
       steps.push_back({(a.error - b.error) / (b.bits - a.bits), i, k});
     }
   }
-  if (spent > budget) {
+  if (spent > budget && !(by_bits && d.recipe.least_bits)) {
     throw Error(Status::Argument,
                 text("task '", d.tasks[task].name, "': ", by_bits ? "bits=" : "density=",
                      by_bits ? bits : d.recipe.density,
@@ -225,6 +238,7 @@ void share(const Draft& d, uint32_t task, double elements, std::vector<Candidate
     const Point &a = c.points[step.point], &b = c.points[step.point + 1];
     const double price = cost(b) - cost(a);
     if (spent + price > budget) {
+      if (spent > budget || (by_bits && 3 * b.kept > 2 * c.elements)) break;
       c.kept = a.kept + static_cast<uint64_t>(static_cast<double>(b.kept - a.kept) *
                                               ((budget - spent) / price));
       break;
@@ -232,6 +246,11 @@ void share(const Draft& d, uint32_t task, double elements, std::vector<Candidate
     spent += price;
     c.kept = b.kept;
   }
+}
+
+[[noreturn]] void changed(const Draft& d, uint32_t tensor, uint32_t task) {
+  throw Error(Status::Read, text(who(d, d.tensors[tensor], task), ": it, or the base, was changed ",
+                                 "while it was read"));
 }
 
 // The elements kept: those whose magnitude has more than these bits, and the first `ties` of just these.
@@ -253,6 +272,7 @@ Cut find_cut(const Draft& d, uint32_t task, const Candidate& c) {
     }
   });
   const uint64_t wanted = c.kept - (k ? c.bins[k - 1].kept : 0);
+  if (inside.size() < wanted) changed(d, c.tensor, task);
   const auto last = inside.begin() + static_cast<ptrdiff_t>(wanted - 1);
   std::nth_element(inside.begin(), last, inside.end(), std::greater<>());
   const uint32_t cut = *last;
@@ -332,6 +352,7 @@ std::string encode_tensor(const Draft& d, uint32_t task, const Candidate& c, Ent
     for (uint64_t j = 0; j < chunk.n; ++j) {
       const uint32_t bits = chunk.bits[j];
       if (bits < cut.bits || (bits == cut.bits && !ties)) continue;
+      if (bits >= kInfinity) changed(d, c.tensor, task);
       if (bits == cut.bits) --ties;
       const uint64_t i = chunk.first + j;
       mask[i / 8] = uint8_t(mask[i / 8] | 1 << i % 8);
@@ -340,8 +361,9 @@ std::string encode_tensor(const Draft& d, uint32_t task, const Candidate& c, Ent
       kept.tau.push_back(chunk.tau[j]);
     }
   });
+  if (kept.tau.size() != c.kept || ties) changed(d, c.tensor, task);
   const Moments plain = kept.moments(c.tau_sq, 1, DType::F32);
-  e.scale = unit_gain(plain);
+  e.scale = c.kept ? bounded_gain(plain) : 1;
   Moments m = scaled(plain, e.scale);
   if (e.dtype != DType::F32) {
     e.scale = corrected(kept, c.tau_sq, e.scale, e.dtype);

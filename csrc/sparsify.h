@@ -5,8 +5,8 @@
 namespace tallcodec {
 
 // Fills in every entry of coding Ternary and appends its plane, by task and tensor. Tensors of tasks in
-// which NaN or infinity turns up become verbatim. Reads their values twice, or three times where the
-// last elements kept are among many of nearly the same size. Throws Error(Status::Argument) where the
+// which NaN or infinity turns up become verbatim. Reads their values twice, or three times where
+// what is kept ends within a bin of magnitudes. Throws Error(Status::Argument) where the
 // bits or the density asked for are less than one element of every tensor takes.
 void sparsify(Draft& draft, const Options& options);
 

@@ -140,13 +140,15 @@ class Surveyor {
   const unsigned workers_;
 };
 
-// The tasks that a mean over all is a mean of: those that have the tensor in arithmetic.
+// The tasks that a mean over all is a mean of: those of masks that have the tensor in arithmetic.
 uint32_t averaged(const Draft& d, const DraftTensor& t) {
-  const size_t tasks = t.entries.size() / d.recipe.trials;
-  return static_cast<uint32_t>(
-      std::count_if(t.entries.begin(), t.entries.begin() + tasks, [](const DraftEntry& e) {
-        return e.record.coding == Coding::Base || e.record.coding == Coding::Mask;
-      }));
+  uint32_t count = 0;
+  for (size_t k = 0; k < d.tasks.size() / d.recipe.trials; ++k) {
+    const Coding coding = t.entries[k].record.coding;
+    count += d.tasks[k].method != Method::Ternary &&
+             (coding == Coding::Base || coding == Coding::Mask);
+  }
+  return count;
 }
 
 }  // namespace

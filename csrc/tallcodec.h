@@ -127,7 +127,8 @@ class File {
                                       const Options& options) const;
   // The decoded bytes of a plane of kind verbatim or file.
   std::vector<uint8_t> read_plane(uint32_t plane, const Options& options) const;
-  // Every block of the file that does not match its checksum.
+  // Every block of the file that does not match its checksum. Throws Error(Status::Format) where all of
+  // a ternary plane's do and yet it is not sound.
   std::vector<Damage> verify(const Options& options) const;
   // What a plane belongs to, for messages: "mask of tensor 'a', task 'b'".
   std::string describe(uint32_t plane) const;

@@ -212,8 +212,10 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
   const uint64_t n = std::min(kTernaryBlock, n_ - block * kTernaryBlock);
   std::memset(mask, 0, (n + 7) / 8);
   std::memset(signs, 0, (n + 7) / 8);
-  const uint8_t* const bytes = bytes_ + begin(block);
-  const uint64_t size = end(block) - begin(block);
+  const uint64_t from = begin(block), to = end(block);  // of a file that may have changed since
+  require(from <= to && to <= size_, "its blocks lie outside it");
+  const uint8_t* const bytes = bytes_ + from;
+  const uint64_t size = to - from;
   if (!size) return;
   require(size >= kBlockHead, "a block is too short");
   const uint32_t count = read32(bytes), word_count = read32(bytes + 4);

@@ -200,6 +200,8 @@ def _threshold(values: Sequence[str], tasks: dict[str, str]) -> str | float | di
         return "auto"
     try:
         return _per_task("--threshold", values, tasks, 0.4, float)
+    except ArgumentError:
+        raise
     except ValueError as error:
         what = "auto, a number or NAME=NUMBER"
         raise ArgumentError(

@@ -8,6 +8,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
@@ -85,14 +86,15 @@ def encode(
       ``density`` of each task vector instead, with no λ; "ternary", no shared vector at all: the
       signs of the largest elements of each task vector and one scale per tensor, entropy coded.
       Or one of them per task, of "tall" and "magnitude" only one.
-    - ``bits``: of "ternary", bits per parameter and task, one number or one per task; default 0.6.
+    - ``bits``: of "ternary", bits per parameter and task, one number or one per task; default 0.6,
+      or the least there is.
       They are shared among a task's tensors so that the error grows least (docs/format.md,
       "Ternary planes"). What the container adds, some 180 bytes per tensor and task, is not in it.
     - ``target``: in place of ``bits``, the score that "ternary" tasks have to reach, one number or
       one per task: of the bits in ``grid`` (default .05 to 1.3) the fewest whose decoded task has
       it by ``score``, which is called as in a search for λ.
     - ``density``: share of each task vector, over all tensors, that "ties" and "magnitude" keep,
-      default 0.2; and where it is given in place of ``bits``, that "ternary" does.
+      default 0.2; and where it is given in place of ``bits``, the most that "ternary" does.
     - ``scale``: "none", the published rule; "unit-gain" multiplies each tensor's masked vector by
       g = Σ τ² / Σ τ·(m∘s), so that ⟨τ̂,τ⟩ = ⟨τ,τ⟩; but where m∘s follows τ so little that τ̂ would be
       more than 3 times as long as τ (a cosine under 1/3), by 9 times the least-squares factor,
@@ -107,8 +109,9 @@ def encode(
     - ``threads``: default, one per CPU. The file is the same for any number.
 
     Nothing appears at ``output`` before the file is complete, and an existing file is replaced
-    only with ``overwrite``. Values are read once, but for tensors that equal the base's (read to
-    find that out, and not stored) and those with NaN or infinity (read again, stored verbatim).
+    only with ``overwrite``. Values are read once, but for those of ternary tasks (two or three
+    times), tensors that equal the base's (read to find that out, and not stored) and those with
+    NaN or infinity (read again, stored verbatim).
 
     Returns what :attr:`tallcodec.File.info` returns. Raises ArgumentError, CheckpointError,
     ReadError, OutputExistsError or WriteError.
@@ -126,12 +129,13 @@ def encode(
     adapted = mask_method == "tall" and isinstance(threshold, str) and threshold == "auto"
     masked = [task for task, m in methods.items() if m != "ternary"]
     sparse = [task for task in tasks if task not in masked]
-    targets = _targets(target, bits, density, sparse)
+    targets = _targets(target, bits, sparse, tasks)
     searched = sparse if targets else masked if grid_ else []
-    thresholds = {} if searched == masked else _thresholds(threshold, masked)
-    thresholds |= {} if targets else _bits(bits, density, sparse)
+    thresholds = {} if searched == masked else _thresholds(threshold, masked, tasks)
+    shares_density = merge == "ties" or mask_method == "magnitude"
+    thresholds |= {} if targets else _bits(bits, density, sparse, tasks, shares_density)
     density = DENSITY if density is None else density
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+    if not _is_number(density) or not 0 < density <= 1:
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
     metadata = _metadata(metadata)
     threads = check_threads(threads)
@@ -148,8 +152,9 @@ def encode(
         recipe = {
             "merge": numbers.MERGES[merge],
             "method": numbers.METHODS["adapted" if adapted else mask_method],
-            "density": density,
+            "density": float(density),
             "scale": numbers.SCALES[_scale(scale, adapted)],
+            "least_bits": bits is None,
         }
         if grid_:
             part = family._replace(
@@ -263,38 +268,45 @@ def _methods(method: str | Mapping[str, str], tasks: Mapping) -> dict[str, str]:
 
 
 def _bits(
-    bits: float | Mapping[str, float] | None, density: float | None, ternary: list[str]
+    bits: float | Mapping[str, float] | None,
+    density: float | None,
+    ternary: list[str],
+    all_tasks: Iterable[str],
+    shares_density: bool,
 ) -> dict[str, float]:
-    """Bits per parameter of the tasks that are ternary, by name; 0 where a density decides."""
+    """Bits per parameter of the tasks that are ternary, by name; 0 where a density decides, which
+    may be there for TIES or magnitude masks alone."""
     if bits is None:
         return dict.fromkeys(ternary, BITS if density is None else 0.0)
     if not ternary:
         raise ArgumentError('bits is for method "ternary"')
-    if density is not None:
+    if density is not None and not shares_density:
         raise ArgumentError("give bits or density, not both")
     if isinstance(bits, Mapping):
-        _check_names("bits", bits, ternary)
+        _check_names("bits", bits, ternary, all_tasks)
     return {
         task: _check_bits(bits[task] if isinstance(bits, Mapping) else bits) for task in ternary
     }
 
 
 def _targets(
-    target: float | Mapping[str, float] | None, bits: Any, density: Any, ternary: list[str]
+    target: float | Mapping[str, float] | None,
+    bits: Any,
+    ternary: list[str],
+    all_tasks: Iterable[str],
 ) -> dict[str, float]:
     """The score that each ternary task has to reach, or none where bits are given."""
     if target is None:
         return {}
     if not ternary:
         raise ArgumentError('target is for method "ternary"')
-    if bits is not None or density is not None:
-        raise ArgumentError("target finds the bits: give no bits and no density")
+    if bits is not None:
+        raise ArgumentError("target finds the bits: give none")
     if isinstance(target, Mapping):
-        _check_names("target", target, ternary)
+        _check_names("target", target, ternary, all_tasks)
     found = {task: target[task] if isinstance(target, Mapping) else target for task in ternary}
     for value in found.values():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             raise ArgumentError(f"target must be a finite number, not {value!r}")
     return found
 
@@ -310,8 +322,12 @@ def _fewest(task: str, grid: list[float], scores: list[float], target: float) ->
     )
 
 
-def _check_names(argument: str, given: Mapping, tasks: Iterable[str]) -> None:
-    missing, unknown = [t for t in tasks if t not in given], sorted(set(given) - set(tasks))
+def _check_names(
+    argument: str, given: Mapping, tasks: Iterable[str], all_tasks: Iterable[str] | None = None
+) -> None:
+    """Refuse a mapping that does not name the tasks it is for, or names what is no task."""
+    missing = [task for task in tasks if task not in given]
+    unknown = sorted(set(given) - set(tasks if all_tasks is None else all_tasks))
     if missing or unknown:
         raise ArgumentError(
             f"{argument} must name each task once; missing: {missing}, unknown: {unknown}"
@@ -319,9 +335,9 @@ def _check_names(argument: str, given: Mapping, tasks: Iterable[str]) -> None:
 
 
 def _thresholds(
-    threshold: float | Mapping[str, float] | str, tasks: list[str]
+    threshold: float | Mapping[str, float] | str, tasks: list[str], all_tasks: Iterable[str]
 ) -> dict[str, float]:
-    """λ of every task, by name in task order; anything where the masks are adapted."""
+    """λ of every task that has masks, by name; anything where they are adapted."""
     if isinstance(threshold, str):
         if threshold != "auto":
             raise ArgumentError(
@@ -330,7 +346,7 @@ def _thresholds(
             )
         return dict.fromkeys(tasks, 0.0)
     if isinstance(threshold, Mapping):
-        _check_names("threshold", threshold, tasks)
+        _check_names("threshold", threshold, tasks, all_tasks)
         return {name: check_threshold(threshold[name]) for name in tasks}
     return dict.fromkeys(tasks, check_threshold(threshold))
 
@@ -360,10 +376,13 @@ def _check_search(
 
 
 def _check_bits(value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 1e-6 <= value <= 32:
+    if not _is_number(value) or not 1e-6 <= value <= 32:
         raise ArgumentError(f"bits must be a number from 1e-6 to 32, not {value!r}")
-    return value
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

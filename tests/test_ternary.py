@@ -2,12 +2,13 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import tallcodec
 from families import ARITHMETIC
-from helpers import assert_same, awkward, encoded, normal, reference_file, small_family
+from helpers import assert_same, awkward, encoded, normal, reference_file, same, small_family
 from tallcodec import _core, reference
 from tallcodec.errors import ArgumentError, ChecksumError, FormatError
 from tallcodec.reference import ternary
@@ -236,6 +237,69 @@ def test_merging_refuses_what_is_in_no_shared_vector(tmp_path):
     assert "0 of" in str(tallcodec.stats(tmp_path / "a.tall"))
 
 
-def test_unsound_planes_are_refused(tmp_path):
+@pytest.mark.parametrize("change", ["count", "word", "end", "symbols"])
+def test_unsound_planes_are_refused(tmp_path, change):
+    """By both readers and by verify, with all checksums right."""
+    random = np.random.default_rng(0)
+    signs = (random.choice([-1, 1], 500) * (random.random(500) < 0.3)).astype(np.int8)
+    plane = bytearray(ternary.code(signs))
+    count = plane.index(int(np.count_nonzero(signs)).to_bytes(4, "little"))
+    plane[{"count": count, "word": count + 20, "end": 0, "symbols": 8}[change]] ^= 0x11
     with pytest.raises(FormatError):
-        ternary.decode(b"", 5)
+        ternary.decode(bytes(plane), 500)
+
+    base, task = {"w": normal(500, 1)}, {"w": normal(500, 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ternary, "code", lambda _: bytes(plane))
+        file = reference_of(base, {"t": task}, method="ternary")
+    path = tmp_path / "a.tall"
+    path.write_bytes(file)
+    with tallcodec.open(path, "np") as opened, pytest.raises(FormatError, match="ternary plane of"):
+        opened.decode("t")
+    with pytest.raises(FormatError, match="ternary plane of"):
+        tallcodec.verify(path)
+
+
+@pytest.mark.parametrize("dtype", ARITHMETIC, ids=str)
+def test_denormal_task_vectors(tmp_path, dtype):
+    """They keep their size, and do not become ±1."""
+    tiny = ml_dtypes.finfo(dtype).smallest_subnormal
+    base = {"b": np.zeros(50, dtype), "w": normal(50, 1, dtype)}
+    task = {"b": np.zeros(50, dtype), "w": (base["w"].astype(np.float32) + 0.1).astype(dtype)}
+    task["b"][::3] = 3 * np.float32(tiny)
+    file = encoded(tmp_path / "a.tall", base, {"t": task}, method="ternary", bits=4)
+    assert file == reference_of(base, {"t": task}, method="ternary", bits=4)
+    found = reference.read(file).decode("t", "b").astype(np.float32)
+    assert 0 < found.max() <= 9 * np.float32(tiny)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.65, 0.9, 1])
+def test_equal_magnitudes_keep_what_was_asked(tmp_path, density):
+    base = {"w": normal((40, 25), 1)}
+    change = np.random.default_rng(2).choice(np.float32([-0.5, 0.5]), (40, 25))
+    base["w"] = np.round(base["w"] * 8) / 8  # so that the difference is exact
+    task = {"w": base["w"] + change}
+    file = encoded(tmp_path / "a.tall", base, {"t": task}, method="ternary", density=density)
+    assert file == reference_of(base, {"t": task}, method="ternary", density=density)
+    entry = reference.read(file).entries[0][0]
+    assert entry.set_bits == math.floor(1000 * density)
+    if density == 1:
+        assert same(reference.read(file).decode("t", "w"), task["w"])
+
+
+def test_a_small_model_has_the_least_bits(tmp_path):
+    base = {f"w{i}": normal(8, i) for i in range(4)}
+    tasks = {"t": {name: w + normal(8, 9, spread=0.1) for name, w in base.items()}}
+    info = tallcodec.encode(base, tasks, tmp_path / "a.tall", method="ternary")
+    assert info.tasks[0].density == 4 / 32
+    info = tallcodec.encode(base, tasks, tmp_path / "b.tall", method="ternary", target=0.5,
+                            score=lambda task, state: 1)
+    assert info.tasks[0].threshold == pytest.approx(0.05)
+
+
+def test_mappings_may_name_tasks_of_other_methods(tmp_path):
+    base, tasks = small_family()
+    both = {"method": {"cars": "tall", "dtd": "ternary"}, "threshold": {"cars": 0.4, "dtd": 0.4},
+            "bits": {"cars": 1, "dtd": np.float32(2)}}  # fmt: skip
+    info = tallcodec.encode(base, tasks, tmp_path / "a.tall", **both)
+    assert [t.threshold for t in info.tasks] == [0.4, 2]

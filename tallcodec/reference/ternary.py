@@ -6,7 +6,7 @@ import struct
 import numpy as np
 
 from ..errors import ArgumentError, FormatError
-from .formulas import FLOAT32, round_to, row_sums, segment_sums, unit_gain
+from .formulas import FLOAT32, MOST, round_to, row_sums, segment_sums
 
 BLOCK = 262144  # elements
 SLOTS = 2048  # what a plane's frequencies add up to
@@ -14,6 +14,7 @@ SYMBOLS, BITMAP = 68, 9  # of gaps; bytes that say which a plane has
 LEAST = 1 << 16  # a state between symbols
 BIN_SHIFT = 19  # of the bits of a magnitude: four bits of its fraction are left
 OCTAVES, STEPS = 2 << 23, 16  # of the search for a scale
+MOST_KEPT, EQUAL = 0.9, 0.95  # a share of a tensor; the squared cosine of nearly equal magnitudes
 
 
 # The coding of gaps.
@@ -153,27 +154,34 @@ def entropy(n, kept):
 
 
 def hull(tau):
-    """(kept, bits, error) on the lower convex hull, for every bin of the magnitudes, the largest
-    first, and where one more than doubles what is kept, for every doubling in it."""
+    """(kept, bits, error) on the lower convex hull: for every bin of the magnitudes, the largest
+    first, where one more than doubles what is kept for every doubling in it, and for the most
+    that is kept."""
     tau_sq = row_sums(tau, np.zeros_like(tau), 1)[0][0]
     magnitudes = np.abs(tau)
     magnitudes = magnitudes[magnitudes > 0]
     bins = magnitudes.view(np.uint32) >> BIN_SHIFT
     counts, sums = np.bincount(bins), np.bincount(bins, magnitudes.astype(np.float64))
-    candidates, kept, total = [], 0, 0.0
+    candidates, kept, total, most = [], 0, 0.0, int(MOST_KEPT * tau.size)
     for b in np.flatnonzero(counts)[::-1]:
         count, mean, k = int(counts[b]), float(sums[b]) / float(counts[b]), max(1, 2 * kept)
-        while k < kept + count:
+        while k < kept + count and k < most:
             candidates.append((k, total + float(k - kept) * mean))
             k *= 2
+        if kept < most < kept + count:
+            candidates.append((most, total + float(most - kept) * mean))
         kept, total = kept + count, total + float(sums[b])
         candidates.append((kept, total))
     points = []
     for kept, total in candidates:
-        error = math.sqrt(tau_sq) * (float(tau_sq) * float(kept) / (total * total) - 1)
+        inverse = float(tau_sq) * float(kept) / (total * total)
+        error = math.sqrt(tau_sq) * (inverse - 1)
         point = kept, entropy(tau.size, kept), error
-        if points and (3 * kept > 2 * tau.size or not error < points[-1][2]):
+        if points and (not error < points[-1][2]
+                       or (kept > MOST_KEPT * tau.size and not EQUAL * inverse < 1)):
             continue
+        while points and points[-1][1] >= point[1]:
+            points.pop()
         while len(points) > 1 and not (
                 (points[-1][2] - points[-2][2]) * (point[1] - points[-2][1])
                 < (point[2] - points[-2][2]) * (points[-1][1] - points[-2][1])):
@@ -182,21 +190,24 @@ def hull(tau):
     return points
 
 
-def share(hulls, elements, bits, density):
-    """How many elements each tensor keeps: steps along the hulls in order of what they gain."""
+def share(hulls, sizes, elements, bits, density, least_bits=False):
+    """How many elements each tensor, of these sizes, keeps: steps along the hulls in order of what
+    they gain."""
     price_of = (lambda p: p[1]) if bits else (lambda p: float(p[0]))
     budget = bits * elements if bits else math.floor(density * elements)
     kept = [points[0][0] if points else 0 for points in hulls]
     spent = 0.0
     for points in hulls:
         spent += price_of(points[0]) if points else 0.0
-    if spent > budget:
+    if spent > budget and not (bits and least_bits):
         raise ArgumentError(f"{bits} bits, or a density of {density}, cannot be met")
     steps = [((a[2] - b[2]) / (b[1] - a[1]), i, a, b)
              for i, points in enumerate(hulls) for a, b in zip(points, points[1:])]
     for _, i, a, b in sorted(steps, key=lambda step: -step[0]):
         price = price_of(b) - price_of(a)
         if spent + price > budget:
+            if spent > budget or (bits and 3 * b[0] > 2 * sizes[i]):
+                break
             kept[i] = a[0] + int(float(b[0] - a[0]) * ((budget - spent) / price))
             break
         spent, kept[i] = spent + price, b[0]
@@ -220,7 +231,10 @@ def encode(base, task, kept):
         return np.array([tau_sq, dot, approx_sq])
 
     plain = sums(1, FLOAT32)
-    scale = unit_gain(plain)
+    scale = np.float32(1)
+    if kept:
+        largest = float(np.finfo(np.float32).max)
+        scale = np.float32(min(tau_sq / plain[1], MOST * (plain[1] / plain[2]), largest))
     g = float(scale)
     total = np.array([tau_sq, g * plain[1], (g * plain[2]) * g])
     if task.dtype != FLOAT32:

@@ -82,7 +82,7 @@ from .records import (
 
 
 def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall", density=0.2,
-          bits=None,
+          bits=None, least_bits=False,
           scale="none", shared_dtype="auto", base_storage="embed",
           metadata=None, base_metadata=None, task_metadata=None, base_files=None, task_files=None,
           writer="tallcodec 0.1.0", force_zstd=None) -> bytes:
@@ -90,7 +90,8 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
 
     method: one, or one by task name. thresholds: lambda by task name, for method "tall". density:
     the share of each task vector that merge "ties" and method "magnitude" keep, and "ternary"
-    where there are no bits: bits per parameter by task name. metadata, base_metadata: str -> str;
+    where there are no bits: bits per parameter by task name, too few being the least with
+    least_bits. metadata, base_metadata: str -> str;
     base_files: name -> bytes; task_metadata, task_files: such dicts by task name.
     force_zstd: True compresses every verbatim and file plane, False none, None those that gain.
     """
@@ -138,12 +139,14 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
     for k, task in enumerate(tasks):
         if methods[task] == "ternary":
             with np.errstate(all="ignore"):
-                sparse |= _sparsify(k, base, states[k], names, codings, bits.get(task, 0), density)
+                sparse |= _sparsify(k, base, states[k], names, codings, bits.get(task, 0), density,
+                                    least_bits)
     encoded, masks = {}, {}
     for i in coded:
         b = base[names[i]]
         dtype = b.dtype if shared_dtype == "auto" else np.dtype(shared_dtype)
-        averaged = sum(codings[k, i][0] in (AS_BASE, MASKED) for k in range(len(states)))
+        averaged = sum(codings[k, i][0] in (AS_BASE, MASKED) for k, task in enumerate(tasks)
+                       if methods[task] != "ternary")
         merged = partial(_merge, merge, averaged=averaged, cuts=cuts, majority=majority)
         encoded[i] = _encode(b, coded[i], thresholds, dtype, mode, merged, METHODS[method])
         unused = bytes(-(-b.size // 8)), bytes(4 * row_count(b.shape) * (mode == 2)), {}
@@ -290,7 +293,7 @@ def _survey(base, names, numbers, coded, codings, tasks, density):
     return cuts, votes > 0
 
 
-def _sparsify(k, base, state, names, codings, bits, density):
+def _sparsify(k, base, state, names, codings, bits, density, least_bits):
     """(plane, fields) of a task's ternary entries, by (task, tensor). What is not finite is found
     here, and becomes verbatim."""
     elements, found = 0, {}
@@ -308,7 +311,8 @@ def _sparsify(k, base, state, names, codings, bits, density):
                 codings[k, i] = AS_IS, NONFINITE_TASK if _is_finite(b) else NONFINITE_BASE
     elements += sum(tau.size for tau in found.values())
     hulls = [ternary.hull(tau) for tau in found.values()]
-    kept = ternary.share(hulls, elements, float(np.float32(bits)), density)
+    sizes = [tau.size for tau in found.values()]
+    kept = ternary.share(hulls, sizes, elements, float(np.float32(bits)), density, least_bits)
     return {(k, i): ternary.encode(base[names[i]], state[names[i]], count)
             for i, count in zip(found, kept)}
 
