@@ -255,11 +255,7 @@ class Decoder {
     uint64_t kept = 0;
     for (uint64_t block = 0; block < j.ternary->blocks(); ++block) {
       const uint64_t n = std::min(kTernaryBlock, j.elements - block * kTernaryBlock);
-      try {
-        j.ternary->decode(block, mask.data(), signs.data());
-      } catch (const Error& error) {
-        unsound(j, error);
-      }
+      unpack(j, block, mask.data(), signs.data());
       for (uint64_t i = 0; i < (n + 7) / 8; ++i) kept += uint64_t(__builtin_popcount(mask[i]));
     }
     if (kept != e.set_bits) {
@@ -298,6 +294,15 @@ class Decoder {
       unsound(j, e);
     }
     check(j.coded, bytes, 0, j.ternary->head());
+  }
+
+  // The bits of a block of a ternary plane.
+  void unpack(const Job& job, uint64_t block, uint8_t* mask, uint8_t* signs) const {
+    try {
+      job.ternary->decode(block, mask, signs);
+    } catch (const Error& e) {
+      unsound(job, e);
+    }
   }
 
   [[noreturn]] void unsound(const Job& job, const Error& e) const {
@@ -384,11 +389,7 @@ class Decoder {
     part(job.coded, begin, end);
     buffers.mask.resize((n + 7) / 8);
     buffers.signs.resize((n + 7) / 8);
-    try {
-      job.ternary->decode(number, buffers.mask.data(), buffers.signs.data());
-    } catch (const Error& e) {
-      unsound(job, e);
-    }
+    unpack(job, number, buffers.mask.data(), buffers.signs.data());
     const uint32_t base_size = size_of(job.block.base_dtype), out_size = size_of(job.block.out_dtype);
     const uint64_t step = kSumBlock / base_size;
     for (uint64_t at = 0; at < n; at += step) {

@@ -316,10 +316,9 @@ struct Kept {
   }
 };
 
-// The scale with which the gain is 1 once the checkpoint is rounded, or as near as sixteen halvings of
-// two octaves around the scale without rounding come.
-float corrected(const Kept& kept, double tau_sq, float scale, DType dtype) {
-  const double wanted = scale * kept.moments(tau_sq, 1, DType::F32).dot;
+// The scale with which the rounded checkpoint has this sum of tau * approx, or as near as sixteen
+// halvings of two octaves around the scale without rounding come.
+float corrected(const Kept& kept, double tau_sq, float scale, double wanted, DType dtype) {
   const uint32_t middle = float_bits(scale), octaves = 2u << 23;
   uint32_t low = middle > octaves ? middle - octaves : 0;
   uint32_t high = std::min(middle + octaves, kInfinity - 1);
@@ -366,7 +365,7 @@ std::string encode_tensor(const Draft& d, uint32_t task, const Candidate& c, Ent
   e.scale = c.kept ? bounded_gain(plain) : 1;
   Moments m = scaled(plain, e.scale);
   if (e.dtype != DType::F32) {
-    e.scale = corrected(kept, c.tau_sq, e.scale, e.dtype);
+    e.scale = corrected(kept, c.tau_sq, e.scale, m.dot, e.dtype);
     m = kept.moments(c.tau_sq, e.scale, e.dtype);
   }
   e.set_bits = e.published_bits = c.kept;

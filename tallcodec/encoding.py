@@ -76,20 +76,19 @@ def encode(
       that leaves the cosine of m∘s and τ at least .85 of the best one (docs/benchmarks.md says what
       that keeps). c is found from a sample of the values, which are read in a pass before.
     - ``score``, ``grid``, ``out``: for "search". Every task is decoded with every λ of the grid
-      (default the paper's, .2 to .6),
-      into the same tensors each time (of ``out``, say ``model.state_dict()``, where they are
-      named there), and ``score(task, state_dict)`` says how good that is: the λ with the highest
-      score is taken, the smallest of equals. The scores are kept in the file. Tensors are torch's
-      where it is installed, else NumPy's. All masks come from one pass over the checkpoints, and
-      the file from a second one.
+      (default the paper's, .2 to .6), into the same tensors each time (of ``out``, say
+      ``model.state_dict()``, where they are named there), and ``score(task, state_dict)`` says how
+      good that is: the λ with the highest score is taken, the smallest of equals. The scores are
+      kept in the file. Tensors are torch's where it is installed, else NumPy's. All masks come
+      from one pass over the checkpoints, and the file from a second one.
     - ``method``: "tall", one mask bit per parameter and task; "magnitude", masks of the largest
       ``density`` of each task vector instead, with no λ; "ternary", no shared vector at all: the
       signs of the largest elements of each task vector and one scale per tensor, entropy coded.
       Or one of them per task, of "tall" and "magnitude" only one.
     - ``bits``: of "ternary", bits per parameter and task, one number or one per task; default 0.6,
-      or the least there is.
-      They are shared among a task's tensors so that the error grows least (docs/format.md,
-      "Ternary planes"). What the container adds, some 180 bytes per tensor and task, is not in it.
+      or the least there is. They are shared among a task's tensors so that the error grows least
+      (docs/format.md, "Ternary planes"). What the container adds, some 180 bytes per tensor and
+      task, is not in it.
     - ``target``: in place of ``bits``, the score that "ternary" tasks have to reach, one number or
       one per task: of the bits in ``grid`` (default .05 to 1.3) the fewest whose decoded task has
       it by ``score``, which is called as in a search for λ.
