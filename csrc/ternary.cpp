@@ -231,13 +231,9 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
   require(state[0] >= kLeast && state[1] >= kLeast, "a block's states are impossible");
 
   uint64_t bit = 0, next = 0;  // of the extras; the element behind the last one found
-  const auto set = [&](uint64_t i, uint64_t gap) {
-    next += gap;
-    if (next >= n) unsound("a gap leads beyond its block");
-    const uint32_t shift = next % 8, sign = negative[i / 8] >> i % 8 & 1;
-    mask[next / 8] = uint8_t(mask[next / 8] | 1 << shift);
-    signs[next / 8] = uint8_t(signs[next / 8] | sign << shift);
-    ++next;
+  const auto set = [&](uint64_t i, uint32_t sign) {
+    mask[i / 8] = uint8_t(mask[i / 8] | 1 << i % 8);
+    signs[i / 8] = uint8_t(signs[i / 8] | (sign & 1) << i % 8);
   };
   // Takes a symbol off a state, which is then to be filled again.
   const auto take = [&](uint32_t& x) {
@@ -247,20 +243,27 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
   };
 
   uint64_t i = 0;
-  // Two symbols at a time, for as long as two words and eight bytes of extras can be read unasked.
-  for (; i + 2 <= count && words_end - word >= 4 && bit / 8 + 8 <= uint64_t(bytes + size - extras);
-       i += 2) {
+  // Two symbols at a time, without a branch, for as long as two words and eight bytes of extras can be
+  // read unasked.
+  const uint64_t behind = uint64_t(bytes + size - extras);
+  const uint64_t last_bit = behind < 8 ? 0 : (behind - 8) * 8;
+  for (; i + 2 <= count && words_end - word >= 4 && bit < last_bit; i += 2) {
     uint64_t held;
     std::memcpy(&held, extras + bit / 8, sizeof held);
     held >>= bit % 8;
     const uint32_t filling = read32(word);  // for either state, or one, or none
     const Slot first = take(state[0]), second = take(state[1]);
-    const bool low = state[0] < kLeast, also = state[1] < kLeast;
-    state[0] = low ? state[0] << 16 | (filling & 0xffff) : state[0];
-    state[1] = also ? state[1] << 16 | (filling >> 16 * low & 0xffff) : state[1];
+    const uint32_t low = state[0] < kLeast, also = state[1] < kLeast;
+    state[0] = state[0] << 16 * low | (filling & (0xffff & -low));
+    state[1] = state[1] << 16 * also | (filling >> 16 * low & (0xffff & -also));
     word += 2 * (low + also);
-    set(i, first.gap + (held & ((1u << first.extra) - 1)));
-    set(i + 1, second.gap + (held >> first.extra & ((1u << second.extra) - 1)));
+    const uint64_t one = next + first.gap + (held & ((1u << first.extra) - 1));
+    const uint64_t two = one + 1 + second.gap + (held >> first.extra & ((1u << second.extra) - 1));
+    if (two >= n) unsound("a gap leads beyond its block");
+    const uint32_t sign = negative[i / 8] >> i % 8;
+    set(one, sign);
+    set(two, sign >> 1);
+    next = two + 1;
     bit += first.extra + second.extra;
   }
   require(bit <= extra_bits, "a block's bits run out");
@@ -279,7 +282,9 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
     for (uint32_t b = 0; b < slot.extra; ++b, ++bit) {
       extra |= uint32_t(extras[bit / 8] >> bit % 8 & 1) << b;
     }
-    set(i, slot.gap + extra);
+    next += slot.gap + extra;
+    require(next < n, "a gap leads beyond its block");
+    set(next++, negative[i / 8] >> i % 8);
   }
   require(state[0] == kLeast && state[1] == kLeast && word == words_end && extra_bits - bit < 8,
           "a block does not end where its symbols do");
