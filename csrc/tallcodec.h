@@ -63,8 +63,9 @@ struct TensorInfo {
 struct Request {
   uint32_t task;    // kNone: the base
   uint32_t tensor;
-  void* out;        // TensorInfo::nbytes bytes
+  void* out;        // the elements that are wanted, of TensorInfo::dtype
   Source base{};    // the base's tensor, where the file only references its base
+  uint64_t first = 0, count = UINT64_MAX;  // those elements; of `count`, as many as there are
 };
 
 // A merged model: base + scale * s on elements on which `min_tasks` masks or more are set, 0: on all.

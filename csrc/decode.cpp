@@ -1,0 +1,429 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+#include "text.h"
+
+namespace tallcodec {
+
+std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tensor) {
+  tensor = index.original(tensor);
+  const TensorRecord& t = index.tensors[tensor];
+  std::vector<uint32_t> planes;
+  auto use = [&](uint32_t plane) {
+    if (plane != kNone) planes.push_back(plane);
+  };
+  if (task == kNone) {
+    use(t.base_plane);
+    return planes;
+  }
+  const EntryRecord& e = index.entry(task, tensor);
+  switch (e.coding) {
+    case Coding::Base:
+      use(t.base_plane);
+      break;
+    case Coding::Verbatim:
+      use(e.plane);
+      break;
+    case Coding::Mask:
+      use(t.base_plane);
+      use(t.shared_plane);
+      use(t.shared_scales_plane);
+      use(e.plane);
+      use(e.scales_plane);
+      break;
+    case Coding::Ternary:
+      use(t.base_plane);
+      use(e.plane);
+      break;
+    default:
+      break;
+  }
+  return planes;
+}
+
+Decoder::Decoder(const File& file, const File::Fetch& fetch, const Options& options)
+    : file_(file),
+      index_(file.index()),
+      fetch_(fetch),
+      options_(options),
+      kernels_(options.kernels ? *options.kernels : require_kernels()),
+      buffers_(std::max(1u, options.threads)) {}
+
+PlaneBytes Decoder::stored_plane(uint32_t id) const {
+  const PlaneRecord& p = index_.planes[id];
+  if (p.coding == PlaneCoding::External) return {&p, id, {}};
+  return {&p, id, Source{fetch_(p.offset, align64(p.size))}};
+}
+
+// A plane that can be decoded.
+PlaneBytes Decoder::known_plane(uint32_t id) const {
+  const PlaneRecord& p = index_.planes[id];
+  if (!is_known(p.kind) || p.coding > PlaneCoding::Gaps) {
+    throw Error(Status::Version,
+                text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
+                     " and coding ", int(p.coding), ", which need a newer tallcodec"));
+  }
+  return stored_plane(id);
+}
+
+PlaneBytes Decoder::base_plane(const Request& request, uint32_t id) const {
+  PlaneBytes plane = known_plane(id);
+  if (plane.record->coding == PlaneCoding::External) {
+    if (!request.base) {
+      throw Error(Status::BaseMismatch,
+                  text(file_.label(), " only references its base, and none was given: pass the ",
+                       "base checkpoint it was encoded against (base=, --base)"));
+    }
+    plane.source = request.base;
+  }
+  return plane;
+}
+
+Job Decoder::job(const Request& request) const {
+  Job j{};
+  j.request = &request;
+  const uint32_t tensor = index_.original(request.tensor);
+  const TensorRecord& t = index_.tensors[tensor];
+  const EntryRecord* e = request.task == kNone ? nullptr : &index_.entry(request.task, tensor);
+  j.elements = e ? index_.elements(e->dims, e->rank) : index_.elements(t.dims, t.rank);
+  j.first = std::min(request.first, j.elements);
+  j.end = j.first + std::min(request.count, j.elements - j.first);
+  j.element_size = size_of(e ? e->dtype : t.dtype);
+  if (!j.elements) return j;
+  j.coding = e ? e->coding : Coding::Base;
+  if (j.coding == Coding::Base) {
+    j.copied = base_plane(request, t.base_plane);
+    return j;
+  }
+  if (j.coding == Coding::Verbatim) {
+    j.copied = known_plane(e->plane);
+    return j;
+  }
+  j.base = base_plane(request, t.base_plane);
+  j.row_length = j.elements;
+  j.block.base_dtype = t.dtype;
+  j.block.out_dtype = e->dtype;
+  j.block.scale = e->scale;
+  if (j.coding == Coding::Ternary) {
+    use_ternary(j, *e);
+  } else {
+    use_shared(j, t);
+    j.masks = {known_plane(e->plane)};
+    if (e->scales_plane != kNone) {
+      j.row_scales = known_plane(e->scales_plane);
+      j.row_length = j.elements / index_.rows(t);
+    }
+  }
+  return j;
+}
+
+Job Decoder::merged_job(const Request& request, const Merging& merging) const {
+  const TensorRecord& t = index_.tensors[index_.original(request.tensor)];
+  const std::vector<uint32_t> tasks = masked_tasks(request.tensor);
+  Job j = job(request);
+  if (tasks.empty()) return j;
+  j.coding = Coding::Mask;
+  j.base = j.copied;
+  use_shared(j, t);
+  if (merging.min_tasks > 0) use_masks(j, request.tensor, tasks);
+  j.min_tasks = merging.min_tasks;
+  j.row_length = j.elements;
+  j.block.base_dtype = j.block.out_dtype = t.dtype;
+  j.block.scale = merging.scale;
+  return j;
+}
+
+Job Decoder::counting_job(uint32_t tensor, const std::vector<uint32_t>& tasks) const {
+  const TensorRecord& t = index_.tensors[index_.original(tensor)];
+  Job j{};
+  if (tasks.empty()) return j;
+  j.elements = index_.elements(t.dims, t.rank);
+  use_shared(j, t);
+  use_masks(j, tensor, tasks);
+  return j;
+}
+
+std::vector<uint32_t> Decoder::masked_tasks(uint32_t tensor) const {
+  std::vector<uint32_t> tasks;
+  for (uint32_t k = 0; k < index_.tasks.size(); ++k) {
+    if (!file_.has(k, tensor)) continue;
+    file_.info(k, tensor);  // refuses what is of a newer writer
+    if (index_.entry(k, index_.original(tensor)).coding == Coding::Mask) tasks.push_back(k);
+  }
+  return tasks;
+}
+
+void Decoder::use_shared(Job& j, const TensorRecord& t) const {
+  j.shared = known_plane(t.shared_plane);
+  if (t.shared_scales_plane != kNone) j.shared_scales = known_plane(t.shared_scales_plane);
+  j.block.shared_dtype = t.shared_dtype;
+}
+
+void Decoder::use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& tasks) const {
+  for (uint32_t task : tasks) {
+    j.masks.push_back(known_plane(index_.entry(task, index_.original(tensor)).plane));
+  }
+}
+
+void Decoder::use_ternary(Job& j, const EntryRecord& e) const {
+  j.block.shared_dtype = kSigns;
+  j.masks = {known_plane(e.plane)};
+  const PlaneBytes& coded = j.masks[0];
+  const uint8_t* const bytes = coded.source.memory;
+  try {
+    j.ternary = std::make_shared<TernaryPlane>(bytes, coded.record->size, j.elements);
+  } catch (const Error& error) {
+    check(coded, bytes, 0, coded.record->size);  // damage is to be called so
+    unsound(coded, error);
+  }
+  check(coded, bytes, 0, j.ternary->head());
+}
+
+void Decoder::unsound(const PlaneBytes& plane, const Error& e) const {
+  throw Error(e.status, text(file_.label(), ": ", file_.describe(plane.id), ": ", e.message));
+}
+
+void Decoder::run(const std::vector<Job>& jobs) {
+  struct Item {
+    const Job* job;
+    uint64_t part;
+  };
+  std::vector<Item> items;
+  for (const Job& job : jobs) {
+    for (uint64_t part = job.first_part(); part < job.end_part(); ++part) items.push_back({&job, part});
+  }
+  parallel_for(items.size(), options_.threads, options_.poll, [&](uint64_t i, unsigned worker) {
+    const auto& [job, part] = items[i];
+    if (job->computed()) {
+      decode_unit(*job, part, buffers_[worker]);
+    } else {
+      copy_part(*job, part, buffers_[worker]);
+    }
+  });
+}
+
+void Decoder::count_unit(const Job& job, uint64_t unit, MaskCounts& counts) const {
+  const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
+  const std::vector<const uint8_t*> masks = unit_masks(job, first, end);
+  const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
+  const uint32_t size = size_of(job.block.shared_dtype);
+  const uint8_t* shared = part(job.shared, first * size, end * size);
+  const float* scales = shared_scales(job, first, end);
+  const uint64_t zeros = kernels_.zeros(shared, job.block.shared_dtype, scales, end - first);
+  counts.zeros += zeros;
+  kernels_.agreement(block, counts.agreement.data());
+  if (counts.agreement[0] < zeros) {
+    throw Error(Status::Format, text(file_.label(), ": masks of ", file_.describe(job.shared.id),
+                                     " have bits where it is 0"));
+  }
+  counts.agreement[0] -= zeros;
+  kernels_.overlap(block, counts.overlap.data());
+}
+
+void Decoder::try_plane(uint32_t task, uint32_t tensor) const {
+  const EntryRecord& e = index_.entry(task, tensor);
+  Job j{};
+  j.elements = index_.elements(e.dims, e.rank);
+  use_ternary(j, e);
+  Buffers buffers;
+  uint64_t set = 0;
+  for (uint64_t first = 0; first < j.elements; first += kUnit) {
+    unpack_ternary(j, first, std::min(first + kUnit, j.elements), buffers);
+    for (uint8_t byte : buffers.mask) set += uint64_t(__builtin_popcount(byte));
+  }
+  if (set != e.set_bits) {
+    unsound(j.masks[0],
+            Error(Status::Format, text(set, " elements are not 0, its entry says ", e.set_bits)));
+  }
+}
+
+bool Decoder::intact(const PlaneBytes& plane, uint64_t block, const uint8_t* bytes) const {
+  uint64_t size = std::min(kSumBlock, plane.size() - block * kSumBlock);
+  return hash_block(kernels_, bytes, size) == index_.sums[plane.record->first_sum + block];
+}
+
+const uint8_t* Decoder::view(const PlaneBytes& plane, uint64_t at, uint64_t size,
+                             std::vector<uint8_t>& buffer) const {
+  try {
+    return plane.source.view(at, size, buffer);
+  } catch (const Error& e) {
+    throw Error(e.status, text("base, ", file_.describe(plane.id), ": ", e.message),
+                e.system_error);
+  }
+}
+
+// Checks the checksum blocks that [at, at + size) touches. `bytes` is where `at` lies; `at` begins a
+// block where the plane is external.
+void Decoder::check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const {
+  if (!options_.verify) return;
+  uint64_t end = at + size;
+  for (uint64_t block = at / kSumBlock; block * kSumBlock < end; ++block) {
+    if (intact(plane, block, bytes + static_cast<int64_t>(block * kSumBlock - at))) continue;
+    if (plane.record->coding == PlaneCoding::External) {
+      throw Error(Status::BaseMismatch,
+                  text(file_.label(), ": the base that was given is not the one the file was ",
+                       "encoded against: it differs in ", file_.describe(plane.id)));
+    }
+    throw Error(Status::Checksum, text(file_.label(), ": damaged: wrong checksum in the ",
+                                       file_.describe(plane.id), ", block ", block));
+  }
+}
+
+// Bytes [begin, end) of a plane that the file holds, checked.
+const uint8_t* Decoder::part(const PlaneBytes& plane, uint64_t begin, uint64_t end) const {
+  const uint8_t* bytes = plane.source.memory + begin;
+  check(plane, bytes, begin, end - begin);
+  return bytes;
+}
+
+// The int8 scales of elements [first, end), if there are any; `first` begins a unit.
+const float* Decoder::shared_scales(const Job& job, uint64_t first, uint64_t end) const {
+  if (!job.shared_scales.record) return nullptr;
+  return reinterpret_cast<const float*>(
+      part(job.shared_scales, first / kScaleBlock * 4, (end + kScaleBlock - 1) / kScaleBlock * 4));
+}
+
+std::vector<const uint8_t*> Decoder::unit_masks(const Job& job, uint64_t first, uint64_t end) const {
+  std::vector<const uint8_t*> masks;
+  for (const PlaneBytes& mask : job.masks) masks.push_back(part(mask, first / 8, (end + 7) / 8));
+  return masks;
+}
+
+// The mask to decode elements [first, end) with.
+const uint8_t* Decoder::consensus(const Job& job, uint64_t first, uint64_t end,
+                                  std::vector<uint8_t>& buffer) const {
+  const std::vector<const uint8_t*> masks = unit_masks(job, first, end);
+  if (masks.size() == 1 && job.min_tasks == 1) return masks[0];
+  buffer.assign((end - first + 7) / 8, 0xff);
+  if (job.min_tasks > 0) {
+    const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
+    kernels_.consensus(block, job.min_tasks, buffer.data());
+  }
+  return buffer.data();
+}
+
+// The bits of elements [first, end) of a unit.
+void Decoder::unpack_ternary(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const {
+  static_assert(kUnit % kTernaryBlock == 0);
+  buffers.mask.resize((end - first + 7) / 8);
+  buffers.signs.resize((end - first + 7) / 8);
+  for (uint64_t at = first; at < end; at += kTernaryBlock) {
+    const uint64_t block = at / kTernaryBlock, byte = (at - first) / 8;
+    const uint64_t from = job.ternary->begin(block);
+    part(job.masks[0], from, job.ternary->end(block));
+    try {
+      job.ternary->decode(block, &buffers.mask[byte], &buffers.signs[byte]);
+    } catch (const Error& e) {
+      unsound(job.masks[0], e);
+    }
+  }
+}
+
+void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const {
+  const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
+  const uint64_t wanted = std::max(first, job.first), wanted_end = std::min(end, job.end);
+  const bool ternary = job.coding == Coding::Ternary;
+  const uint32_t base_size = size_of(job.block.base_dtype);
+  const uint32_t shared_size = ternary ? base_size : size_of(job.block.shared_dtype);
+  // Whole checksum blocks of base and shared, small enough to stay in cache from check to kernel.
+  const uint64_t step = kSumBlock / std::min(base_size, shared_size);
+  const uint8_t* mask;
+  if (ternary) {
+    unpack_ternary(job, first, end, buffers);
+    mask = buffers.mask.data();
+  } else {
+    mask = consensus(job, first, end, buffers.mask);
+  }
+  const float* int8_scales = shared_scales(job, first, end);
+  const float* row_scales = nullptr;
+  const uint64_t first_row = first / job.row_length;
+  if (job.row_scales.record) {
+    uint64_t rows_end = (end - 1) / job.row_length + 1;
+    row_scales = reinterpret_cast<const float*>(part(job.row_scales, first_row * 4, rows_end * 4));
+  }
+
+  for (uint64_t at = wanted / step * step; at < wanted_end; at += step) {
+    const uint64_t stop = std::min(at + step, end);
+    const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffers.base);
+    check(job.base, base, at * base_size, (stop - at) * base_size);
+    const uint8_t* shared = nullptr;
+    if (!ternary) shared = part(job.shared, at * shared_size, stop * shared_size);
+
+    const uint64_t last = std::min(stop, wanted_end);
+    for (uint64_t i = std::max(at, wanted); i < last;) {
+      const uint64_t row = i / job.row_length, row_end = std::min((row + 1) * job.row_length, last);
+      DecodeBlock block = job.block;
+      block.n = row_end - i;
+      block.phase = i % kScaleBlock;
+      const uint64_t bits = (i - block.phase - first) / 8;
+      block.base = base + (i - at) * base_size;
+      block.mask = mask + bits;
+      block.shared = ternary ? buffers.signs.data() + bits : shared + (i - at) * shared_size;
+      if (int8_scales) block.shared_scales = int8_scales + (i - block.phase - first) / kScaleBlock;
+      if (row_scales) block.scale = row_scales[row - first_row];
+      block.out = static_cast<uint8_t*>(job.request->out) +
+                  (i - job.first) * size_of(block.out_dtype);
+      kernels_.decode(block);
+      i = row_end;
+    }
+  }
+}
+
+// A zstd plane; `out` has its raw size.
+void Decoder::inflate(const PlaneBytes& plane, uint8_t* out) const {
+  const PlaneRecord& p = *plane.record;
+  check(plane, plane.source.memory, 0, p.size);
+  if (!options_.inflate) {
+    throw Error(Status::Argument, text(file_.label(), ": ", file_.describe(plane.id),
+                                       " is a zstd frame, and no decompressor was given"));
+  }
+  try {
+    options_.inflate(plane.source.memory, p.size, out, p.raw_size);
+  } catch (const Error& e) {
+    unsound(plane, e);
+  }
+}
+
+// Bytes [begin, end) of a plane that is as it is.
+void Decoder::copy(const PlaneBytes& plane, uint64_t begin, uint64_t end, uint8_t* out,
+                   std::vector<uint8_t>& buffer) const {
+  for (uint64_t at = begin / kSumBlock * kSumBlock; at < end; at += kSumBlock) {
+    const uint64_t size = std::min(kSumBlock, plane.record->raw_size - at);
+    const uint8_t* bytes = view(plane, at, size, buffer);
+    check(plane, bytes, at, size);
+    const uint64_t from = std::max(begin, at), to = std::min(end, at + size);
+    std::memcpy(out + (from - begin), bytes + (from - at), to - from);
+  }
+}
+
+void Decoder::copy_part(const Job& job, uint64_t part, Buffers& buffers) const {
+  const uint64_t size = job.element_size;
+  const uint64_t begin = std::max(part * job.part_size(), job.first) * size;
+  const uint64_t end = std::min((part + 1) * job.part_size(), job.end) * size;
+  uint8_t* const out = static_cast<uint8_t*>(job.request->out) + (begin - job.first * size);
+  if (job.copied.record->coding != PlaneCoding::Zstd) {
+    copy(job.copied, begin, end, out, buffers.base);
+  } else if (end - begin == job.copied.record->raw_size) {
+    inflate(job.copied, out);
+  } else {
+    buffers.base.resize(job.copied.record->raw_size);
+    inflate(job.copied, buffers.base.data());
+    std::memcpy(out, buffers.base.data() + begin, end - begin);
+  }
+}
+
+std::vector<uint8_t> Decoder::whole_plane(uint32_t id) const {
+  const PlaneBytes plane = known_plane(id);
+  std::vector<uint8_t> out(plane.record->raw_size), unused;
+  if (plane.record->coding == PlaneCoding::Zstd) {
+    inflate(plane, out.data());
+  } else {
+    copy(plane, 0, out.size(), out.data(), unused);
+  }
+  return out;
+}
+
+}  // namespace tallcodec

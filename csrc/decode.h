@@ -1,0 +1,113 @@
+// Planes and kernels to tensors: the work behind an open File.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "format.h"
+#include "kernels.h"
+#include "ternary.h"
+
+namespace tallcodec {
+
+// The planes that decoding a tensor reads.
+std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tensor);
+
+// A plane's bytes and checksums. Those of an external one are the caller's, and end without padding.
+struct PlaneBytes {
+  const PlaneRecord* record = nullptr;
+  uint32_t id = kNone;
+  Source source;
+
+  uint64_t size() const {
+    return record->coding == PlaneCoding::External ? record->raw_size : align64(record->size);
+  }
+};
+
+// One tensor on its way out, or a part of one.
+struct Job {
+  const Request* request = nullptr;
+  Coding coding = Coding::Base;  // as the base, mask, verbatim or ternary
+  PlaneBytes copied;             // as the base, verbatim: what the tensor is
+  PlaneBytes base, shared, shared_scales, row_scales;
+  std::vector<PlaneBytes> masks;  // one, or those of a consensus; of a ternary entry its plane
+  std::shared_ptr<const TernaryPlane> ternary;
+  uint32_t min_tasks = 1;  // as in Merging; a task's own mask is the consensus of one
+  DecodeBlock block{};     // the types and the scale
+  uint64_t elements = 0, row_length = 0;
+  uint64_t first = 0, end = 0;  // the elements that are wanted
+  uint32_t element_size = 1;    // of what is decoded
+
+  bool computed() const { return coding == Coding::Mask || coding == Coding::Ternary; }
+  // Elements that are worked on at once.
+  uint64_t part_size() const {
+    if (computed()) return kUnit;
+    const bool one = copied.record && copied.record->coding == PlaneCoding::Zstd;
+    return one ? elements : kCopyChunk / element_size;
+  }
+  uint64_t first_part() const { return first / part_size(); }
+  uint64_t end_part() const { return first < end ? (end - 1) / part_size() + 1 : first_part(); }
+  uint64_t units() const { return (elements + kUnit - 1) / kUnit; }
+};
+
+class Decoder {
+ public:
+  // All of them outlive it.
+  Decoder(const File& file, const File::Fetch& fetch, const Options& options);
+
+  Job job(const Request& request) const;
+  // A tensor of a merged model: the base's where no task has a mask.
+  Job merged_job(const Request& request, const Merging& merging) const;
+  // The masks of a tensor, to be counted.
+  Job counting_job(uint32_t tensor, const std::vector<uint32_t>& tasks) const;
+  // The tasks that have a mask for a tensor, all codings known.
+  std::vector<uint32_t> masked_tasks(uint32_t tensor) const;
+
+  void run(const std::vector<Job>& jobs);
+  // Adds what the masks of one unit say; counts.agreement and counts.overlap have their sizes.
+  void count_unit(const Job& job, uint64_t unit, MaskCounts& counts) const;
+  std::vector<uint8_t> whole_plane(uint32_t id) const;
+
+  // A plane as it is stored, of whatever kind and coding.
+  PlaneBytes stored_plane(uint32_t id) const;
+  // The checksum of block `block` of a plane whose bytes from that block's beginning are given.
+  bool intact(const PlaneBytes& plane, uint64_t block, const uint8_t* bytes) const;
+  // Decodes a task's coded plane to nowhere; throws where it is not sound.
+  void try_plane(uint32_t task, uint32_t tensor) const;
+
+ private:
+  // What a thread reads into or computes.
+  struct Buffers {
+    std::vector<uint8_t> base, mask, signs;
+  };
+
+  PlaneBytes known_plane(uint32_t id) const;
+  PlaneBytes base_plane(const Request& request, uint32_t id) const;
+  void use_shared(Job& j, const TensorRecord& t) const;
+  void use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& tasks) const;
+  void use_ternary(Job& j, const EntryRecord& e) const;
+
+  const uint8_t* view(const PlaneBytes& plane, uint64_t at, uint64_t size,
+                      std::vector<uint8_t>& buffer) const;
+  void check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const;
+  const uint8_t* part(const PlaneBytes& plane, uint64_t begin, uint64_t end) const;
+  const float* shared_scales(const Job& job, uint64_t first, uint64_t end) const;
+  std::vector<const uint8_t*> unit_masks(const Job& job, uint64_t first, uint64_t end) const;
+  const uint8_t* consensus(const Job& job, uint64_t first, uint64_t end,
+                           std::vector<uint8_t>& buffer) const;
+  void unpack_ternary(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const;
+  void decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const;
+  void inflate(const PlaneBytes& plane, uint8_t* out) const;
+  void copy(const PlaneBytes& plane, uint64_t begin, uint64_t end, uint8_t* out,
+            std::vector<uint8_t>& buffer) const;
+  void copy_part(const Job& job, uint64_t part, Buffers& buffers) const;
+  [[noreturn]] void unsound(const PlaneBytes& plane, const Error& e) const;
+
+  const File& file_;
+  const Index& index_;
+  const File::Fetch& fetch_;
+  const Options& options_;
+  const Kernels& kernels_;
+  std::vector<Buffers> buffers_;  // one per worker
+};
+
+}  // namespace tallcodec
