@@ -213,13 +213,17 @@ py::list metadata(const BufferFile& f) {
   return out;
 }
 
-// From tuples of task, tensor, address and base.
+// From tuples of task, tensor, address, base and, of a part, its first element and how many.
 std::vector<Request> requests_of(const py::list& wanted) {
   std::vector<Request> requests;
   for (const py::handle& item : wanted) {
     auto t = item.cast<py::tuple>();
     requests.push_back({t[0].cast<uint32_t>(), t[1].cast<uint32_t>(),
                         reinterpret_cast<void*>(t[2].cast<uintptr_t>()), source(t[3])});
+    if (t.size() > 4) {
+      requests.back().first = t[4].cast<uint64_t>();
+      requests.back().count = t[5].cast<uint64_t>();
+    }
   }
   return requests;
 }

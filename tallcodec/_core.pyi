@@ -69,9 +69,11 @@ class File:
     def ranges(self, task: int, tensor: int) -> list[tuple[int, int]]: ...
     def needs_base(self, task: int, tensor: int) -> bool: ...
     def decode(
-        self, requests: list[tuple[int, int, int, Source]], threads: int, verify: bool,
+        self, requests: list[tuple[Any, ...]], threads: int, verify: bool,
         inflate: Inflate | None,
-    ) -> None: ...  # fmt: skip
+    ) -> None:  # fmt: skip
+        """Requests are (task, tensor, address, base), and (first element, elements) of a part."""
+
     def merge(
         self, requests: list[tuple[int, int, int, Source]], min_tasks: int, scale: float,
         threads: int, verify: bool,

@@ -1,7 +1,9 @@
 """An open `.tall` file: tasks out of it, as tensors, lazily, or as checkpoint files."""
 
 import builtins
+import math
 import mmap
+import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -178,6 +180,34 @@ class File:
         self._decode(number, requests)
         return result
 
+    def decode_rows(
+        self, task: str | None, tensor: str, start: int, stop: int, out: Any = None
+    ) -> Any:
+        """Decode rows ``start`` to ``stop`` (exclusive) of a tensor, the indices on dimension 0:
+        what is stored of the others is hardly touched.
+
+        Gives a tensor of the same dtype with ``stop - start`` rows: ``out``, where it is given.
+        Raises what :meth:`decode` raises, and ArgumentError for rows the tensor does not have.
+        """
+        number = self._number(task)
+        index = self._tensor(tensor)
+        dtype, shape, _ = self._info(number, index)
+        if not shape:
+            raise ArgumentError(f"tensor {tensor!r} is a scalar: it has no rows")
+        start, stop = operator.index(start), operator.index(stop)
+        if not 0 <= start <= stop <= shape[0]:
+            raise ArgumentError(
+                f"rows {start} to {stop} of tensor {tensor!r}: it has rows 0 to {shape[0]}"
+            )
+        part = (stop - start, *shape[1:])
+        if out is None:
+            out, pointer = frameworks.empty(self._framework, dtype, part)
+        else:
+            pointer = frameworks.address(tensor, out, dtype, part)
+        length = math.prod(shape[1:])
+        self._decode(number, [(index, pointer, start * length, (stop - start) * length)])
+        return out
+
     def state_dict(self, task: str | None) -> "StateDict":
         """A task's checkpoint as a lazy mapping: each tensor is decoded when it is asked for, anew
         each time. Works as ``state_dict=`` for ``load_state_dict`` and ``from_pretrained``.
@@ -268,12 +298,15 @@ class File:
         dtype, shape, nbytes = self._file.info(number, tensor)
         return _DTYPE_NAMES[dtype], shape, nbytes
 
-    def _decode(self, number: int, requests: list[tuple[int, int]]) -> None:
-        """Decode (tensor, address of its memory) pairs."""
+    def _decode(self, number: int, requests: list[tuple[int, ...]]) -> None:
+        """Decode tensors: (number, address of its memory), and of a part its first element and how
+        many it has."""
         base, file = self._base, self._file  # in this order, see close; kept until this is done
-        sources = [self._base_tensor(number, tensor, base) for tensor, _ in requests]
         file.decode(
-            [(number, *request, source) for request, source in zip(requests, sources)],
+            [
+                (number, tensor, address, self._base_tensor(number, tensor, base), *part)
+                for tensor, address, *part in requests
+            ],
             self._threads,
             self._check,
             _inflate,
