@@ -32,6 +32,7 @@ test-cpp: .venv/packages
 	$(CMAKE) --build build/tests
 	build/tests/test_kernels
 	build/tests/test_ternary
+	build/tests/test_conditional
 	build/tests/test_file
 
 test-sanitize: .venv/packages
@@ -39,6 +40,7 @@ test-sanitize: .venv/packages
 	$(CMAKE) --build build/sanitize
 	build/sanitize/test_kernels
 	build/sanitize/test_ternary
+	build/sanitize/test_conditional
 	build/sanitize/test_file
 
 test-python: .venv/built

@@ -310,14 +310,17 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Encoder>(m, "Encoder")
       .def(py::init([](int fd, std::string label, std::string writer, int merge, int method,
                        double density, int scale, int storage, bool least_bits,
-                       uint32_t trials) {
-             const Recipe recipe{Merge(merge),     Method(method),       density,
-                                 ScaleMode(scale), BaseStorage(storage), least_bits, trials};
+                       bool code_masks, bool code_ternary, uint32_t trials) {
+             const Recipe recipe{Merge(merge),         Method(method), density,
+                                 ScaleMode(scale),     BaseStorage(storage),
+                                 least_bits,           code_masks,
+                                 code_ternary,         trials};
              return new Encoder(fd, std::move(label), std::move(writer), recipe);
            }),
            py::arg("fd"), py::arg("label"), py::arg("writer"), py::kw_only(), py::arg("merge"),
            py::arg("method"), py::arg("density"), py::arg("scale"), py::arg("base_storage"),
-           py::arg("least_bits") = false, py::arg("trials") = 1)
+           py::arg("least_bits") = false, py::arg("code_masks") = false,
+           py::arg("code_ternary") = true, py::arg("trials") = 1)
       .def("add_task", &Encoder::add_task)
       .def("add_tensor",
            [](Encoder& e, std::string name, bool in_base, int dtype, std::vector<uint64_t> shape,

@@ -61,12 +61,29 @@ PlaneBytes Decoder::stored_plane(uint32_t id) const {
 // A plane that can be decoded.
 PlaneBytes Decoder::known_plane(uint32_t id) const {
   const PlaneRecord& p = index_.planes[id];
-  if (!is_known(p.kind) || p.coding > PlaneCoding::Gaps) {
+  if (!is_known(p.kind) || p.coding > PlaneCoding::Conditional) {
     throw Error(Status::Version,
                 text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
                      " and coding ", int(p.coding), ", which need a newer tallcodec"));
   }
   return stored_plane(id);
+}
+
+MaskPlane Decoder::mask_plane(uint32_t id) const {
+  MaskPlane mask{known_plane(id), {}};
+  const PlaneRecord& p = *mask.plane.record;
+  if (p.coding != PlaneCoding::Conditional) return mask;
+  const uint64_t blocks = (p.raw_size * 8 + kMaskBlock - 1) / kMaskBlock, head = 8 * blocks;
+  const uint8_t* const bytes = mask.plane.source.memory;
+  try {
+    require(p.size >= head, "it is too short");
+    mask.coded.emplace(bytes, p.size, blocks, head);
+  } catch (const Error& e) {
+    check(mask.plane, bytes, 0, p.size);  // damage is to be called so
+    unsound(mask.plane, e);
+  }
+  check(mask.plane, bytes, 0, head);
+  return mask;
 }
 
 PlaneBytes Decoder::base_plane(const Request& request, uint32_t id) const {
@@ -111,7 +128,7 @@ Job Decoder::job(const Request& request) const {
     use_ternary(j, *e);
   } else {
     use_shared(j, t);
-    j.masks = {known_plane(e->plane)};
+    j.masks = {mask_plane(e->plane)};
     if (e->scales_plane != kNone) {
       j.row_scales = known_plane(e->scales_plane);
       j.row_length = j.elements / index_.rows(t);
@@ -164,22 +181,22 @@ void Decoder::use_shared(Job& j, const TensorRecord& t) const {
 
 void Decoder::use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& tasks) const {
   for (uint32_t task : tasks) {
-    j.masks.push_back(known_plane(index_.entry(task, index_.original(tensor)).plane));
+    j.masks.push_back(mask_plane(index_.entry(task, index_.original(tensor)).plane));
   }
 }
 
 void Decoder::use_ternary(Job& j, const EntryRecord& e) const {
   j.block.shared_dtype = kSigns;
-  j.masks = {known_plane(e.plane)};
-  const PlaneBytes& coded = j.masks[0];
-  const uint8_t* const bytes = coded.source.memory;
+  j.coded = known_plane(e.plane);
+  if (j.coded.record->coding == PlaneCoding::Raw) return;
+  const uint8_t* const bytes = j.coded.source.memory;
   try {
-    j.ternary = std::make_shared<TernaryPlane>(bytes, coded.record->size, j.elements);
+    j.ternary = std::make_shared<TernaryPlane>(bytes, j.coded.record->size, j.elements);
   } catch (const Error& error) {
-    check(coded, bytes, 0, coded.record->size);  // damage is to be called so
-    unsound(coded, error);
+    check(j.coded, bytes, 0, j.coded.record->size);  // damage is to be called so
+    unsound(j.coded, error);
   }
-  check(coded, bytes, 0, j.ternary->head());
+  check(j.coded, bytes, 0, j.ternary->blocks().head());
 }
 
 void Decoder::unsound(const PlaneBytes& plane, const Error& e) const {
@@ -205,9 +222,9 @@ void Decoder::run(const std::vector<Job>& jobs) {
   });
 }
 
-void Decoder::count_unit(const Job& job, uint64_t unit, MaskCounts& counts) const {
+void Decoder::count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCounts& counts) {
   const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
-  const std::vector<const uint8_t*> masks = unit_masks(job, first, end);
+  const std::vector<const uint8_t*> masks = unit_masks(job, first, end, buffers_[worker]);
   const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
   const uint32_t size = size_of(job.block.shared_dtype);
   const uint8_t* shared = part(job.shared, first * size, end * size);
@@ -225,18 +242,26 @@ void Decoder::count_unit(const Job& job, uint64_t unit, MaskCounts& counts) cons
 
 void Decoder::try_plane(uint32_t task, uint32_t tensor) const {
   const EntryRecord& e = index_.entry(task, tensor);
+  const bool ternary = e.coding == Coding::Ternary;
   Job j{};
   j.elements = index_.elements(e.dims, e.rank);
-  use_ternary(j, e);
+  if (ternary) {
+    use_ternary(j, e);
+  } else {
+    use_shared(j, index_.tensors[tensor]);
+    j.masks = {mask_plane(e.plane)};
+  }
   Buffers buffers;
   uint64_t set = 0;
   for (uint64_t first = 0; first < j.elements; first += kUnit) {
-    unpack_ternary(j, first, std::min(first + kUnit, j.elements), buffers);
-    for (uint8_t byte : buffers.mask) set += uint64_t(__builtin_popcount(byte));
+    const uint64_t end = std::min(first + kUnit, j.elements);
+    const uint8_t* const mask = ternary ? unit_ternary(j, first, end, buffers).mask
+                                        : unit_masks(j, first, end, buffers)[0];
+    for (uint64_t i = 0; i < (end - first + 7) / 8; ++i) set += uint64_t(__builtin_popcount(mask[i]));
   }
   if (set != e.set_bits) {
-    unsound(j.masks[0],
-            Error(Status::Format, text(set, " elements are not 0, its entry says ", e.set_bits)));
+    const char* const what = ternary ? " elements are not 0, its entry says " : " bits are set, its entry says ";
+    unsound(ternary ? j.coded : j.masks[0].plane, Error(Status::Format, text(set, what, e.set_bits)));
   }
 }
 
@@ -286,40 +311,73 @@ const float* Decoder::shared_scales(const Job& job, uint64_t first, uint64_t end
       part(job.shared_scales, first / kScaleBlock * 4, (end + kScaleBlock - 1) / kScaleBlock * 4));
 }
 
-std::vector<const uint8_t*> Decoder::unit_masks(const Job& job, uint64_t first, uint64_t end) const {
+// The masks of elements [first, end) of a unit; those that are coded lie in the buffers then.
+std::vector<const uint8_t*> Decoder::unit_masks(const Job& job, uint64_t first, uint64_t end,
+                                                Buffers& buffers) const {
+  static_assert(kMaskBlock == kUnit);
   std::vector<const uint8_t*> masks;
-  for (const PlaneBytes& mask : job.masks) masks.push_back(part(mask, first / 8, (end + 7) / 8));
+  SharedBlock shared{};
+  if (job.has_coded_masks()) {
+    const uint64_t size = size_of(job.block.shared_dtype);
+    shared = {part(job.shared, first * size, end * size), job.block.shared_dtype,
+              shared_scales(job, first, end)};
+    buffers.coded.resize(std::max(buffers.coded.size(), job.masks.size()));
+  }
+  for (size_t k = 0; k < job.masks.size(); ++k) {
+    const auto& [plane, coded] = job.masks[k];
+    if (!coded) {
+      masks.push_back(part(plane, first / 8, (end + 7) / 8));
+      continue;
+    }
+    const uint64_t block = first / kMaskBlock;
+    part(plane, coded->begin(block), coded->end(block));
+    buffers.coded[k].resize((end - first + 7) / 8);
+    try {
+      const auto [bytes, size] = coded->block(block);
+      decode_mask(bytes, size, shared, end - first, buffers.coded[k].data());
+    } catch (const Error& e) {
+      unsound(plane, e);
+    }
+    masks.push_back(buffers.coded[k].data());
+  }
   return masks;
 }
 
 // The mask to decode elements [first, end) with.
 const uint8_t* Decoder::consensus(const Job& job, uint64_t first, uint64_t end,
-                                  std::vector<uint8_t>& buffer) const {
-  const std::vector<const uint8_t*> masks = unit_masks(job, first, end);
+                                  Buffers& buffers) const {
+  const std::vector<const uint8_t*> masks = unit_masks(job, first, end, buffers);
   if (masks.size() == 1 && job.min_tasks == 1) return masks[0];
-  buffer.assign((end - first + 7) / 8, 0xff);
+  buffers.mask.assign((end - first + 7) / 8, 0xff);
   if (job.min_tasks > 0) {
     const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
-    kernels_.consensus(block, job.min_tasks, buffer.data());
+    kernels_.consensus(block, job.min_tasks, buffers.mask.data());
   }
-  return buffer.data();
+  return buffers.mask.data();
 }
 
-// The bits of elements [first, end) of a unit.
-void Decoder::unpack_ternary(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const {
+// The bits of elements [first, end) of a unit: those that are not 0, and those that are -1.
+Decoder::Ternary Decoder::unit_ternary(const Job& job, uint64_t first, uint64_t end,
+                                       Buffers& buffers) const {
+  const uint64_t size = (end - first + 7) / 8;
+  if (!job.ternary) {
+    const uint64_t signs = job.coded.record->raw_size / 2;
+    return {part(job.coded, first / 8, first / 8 + size),
+            part(job.coded, signs + first / 8, signs + first / 8 + size)};
+  }
   static_assert(kUnit % kTernaryBlock == 0);
-  buffers.mask.resize((end - first + 7) / 8);
-  buffers.signs.resize((end - first + 7) / 8);
+  buffers.mask.resize(size);
+  buffers.signs.resize(size);
   for (uint64_t at = first; at < end; at += kTernaryBlock) {
     const uint64_t block = at / kTernaryBlock, byte = (at - first) / 8;
-    const uint64_t from = job.ternary->begin(block);
-    part(job.masks[0], from, job.ternary->end(block));
+    part(job.coded, job.ternary->blocks().begin(block), job.ternary->blocks().end(block));
     try {
       job.ternary->decode(block, &buffers.mask[byte], &buffers.signs[byte]);
     } catch (const Error& e) {
-      unsound(job.masks[0], e);
+      unsound(job.coded, e);
     }
   }
+  return {buffers.mask.data(), buffers.signs.data()};
 }
 
 void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const {
@@ -330,13 +388,8 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
   const uint32_t shared_size = ternary ? base_size : size_of(job.block.shared_dtype);
   // Whole checksum blocks of base and shared, small enough to stay in cache from check to kernel.
   const uint64_t step = kSumBlock / std::min(base_size, shared_size);
-  const uint8_t* mask;
-  if (ternary) {
-    unpack_ternary(job, first, end, buffers);
-    mask = buffers.mask.data();
-  } else {
-    mask = consensus(job, first, end, buffers.mask);
-  }
+  const auto [mask, signs] = ternary ? unit_ternary(job, first, end, buffers)
+                                     : Ternary{consensus(job, first, end, buffers), nullptr};
   const float* int8_scales = shared_scales(job, first, end);
   const float* row_scales = nullptr;
   const uint64_t first_row = first / job.row_length;
@@ -361,7 +414,7 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
       const uint64_t bits = (i - block.phase - first) / 8;
       block.base = base + (i - at) * base_size;
       block.mask = mask + bits;
-      block.shared = ternary ? buffers.signs.data() + bits : shared + (i - at) * shared_size;
+      block.shared = ternary ? signs + bits : shared + (i - at) * shared_size;
       if (int8_scales) block.shared_scales = int8_scales + (i - block.phase - first) / kScaleBlock;
       if (row_scales) block.scale = row_scales[row - first_row];
       block.out = static_cast<uint8_t*>(job.request->out) +

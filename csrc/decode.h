@@ -1,8 +1,11 @@
 // Planes and kernels to tensors: the work behind an open File.
 #pragma once
+#include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "conditional.h"
 #include "format.h"
 #include "kernels.h"
 #include "ternary.h"
@@ -23,13 +26,20 @@ struct PlaneBytes {
   }
 };
 
+// A mask, raw or in blocks coded given the shared vector.
+struct MaskPlane {
+  PlaneBytes plane;
+  std::optional<CodedBlocks> coded;
+};
+
 // One tensor on its way out, or a part of one.
 struct Job {
   const Request* request = nullptr;
   Coding coding = Coding::Base;  // as the base, mask, verbatim or ternary
   PlaneBytes copied;             // as the base, verbatim: what the tensor is
   PlaneBytes base, shared, shared_scales, row_scales;
-  std::vector<PlaneBytes> masks;  // one, or those of a consensus; of a ternary entry its plane
+  std::vector<MaskPlane> masks;  // one, or those of a consensus
+  PlaneBytes coded;              // ternary: the plane, and where it is coded what is made of it
   std::shared_ptr<const TernaryPlane> ternary;
   uint32_t min_tasks = 1;  // as in Merging; a task's own mask is the consensus of one
   DecodeBlock block{};     // the types and the scale
@@ -47,6 +57,9 @@ struct Job {
   uint64_t first_part() const { return first / part_size(); }
   uint64_t end_part() const { return first < end ? (end - 1) / part_size() + 1 : first_part(); }
   uint64_t units() const { return (elements + kUnit - 1) / kUnit; }
+  bool has_coded_masks() const {
+    return std::any_of(masks.begin(), masks.end(), [](const MaskPlane& m) { return m.coded.has_value(); });
+  }
 };
 
 class Decoder {
@@ -64,7 +77,7 @@ class Decoder {
 
   void run(const std::vector<Job>& jobs);
   // Adds what the masks of one unit say; counts.agreement and counts.overlap have their sizes.
-  void count_unit(const Job& job, uint64_t unit, MaskCounts& counts) const;
+  void count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCounts& counts);
   std::vector<uint8_t> whole_plane(uint32_t id) const;
 
   // A plane as it is stored, of whatever kind and coding.
@@ -78,9 +91,15 @@ class Decoder {
   // What a thread reads into or computes.
   struct Buffers {
     std::vector<uint8_t> base, mask, signs;
+    std::vector<std::vector<uint8_t>> coded;  // masks, by their number in the job
+  };
+
+  struct Ternary {
+    const uint8_t *mask, *signs;
   };
 
   PlaneBytes known_plane(uint32_t id) const;
+  MaskPlane mask_plane(uint32_t id) const;
   PlaneBytes base_plane(const Request& request, uint32_t id) const;
   void use_shared(Job& j, const TensorRecord& t) const;
   void use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& tasks) const;
@@ -91,10 +110,10 @@ class Decoder {
   void check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const;
   const uint8_t* part(const PlaneBytes& plane, uint64_t begin, uint64_t end) const;
   const float* shared_scales(const Job& job, uint64_t first, uint64_t end) const;
-  std::vector<const uint8_t*> unit_masks(const Job& job, uint64_t first, uint64_t end) const;
-  const uint8_t* consensus(const Job& job, uint64_t first, uint64_t end,
-                           std::vector<uint8_t>& buffer) const;
-  void unpack_ternary(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const;
+  std::vector<const uint8_t*> unit_masks(const Job& job, uint64_t first, uint64_t end,
+                                         Buffers& buffers) const;
+  const uint8_t* consensus(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const;
+  Ternary unit_ternary(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const;
   void decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const;
   void inflate(const PlaneBytes& plane, uint8_t* out) const;
   void copy(const PlaneBytes& plane, uint64_t begin, uint64_t end, uint8_t* out,

@@ -29,6 +29,7 @@ void Draft::place() {
       t.record.shared_scales_plane = reserve(PlaneKind::Scales, blocks * 4);
     }
   }
+  masks = end;
   for (uint32_t k = 0; k < tasks.size(); ++k) {
     for (DraftTensor& t : tensors) {
       EntryRecord& e = t.entries[k].record;
@@ -71,6 +72,16 @@ uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view byte
   uint32_t id = reserve(kind, coding, bytes.size(), raw_size);
   put(id, 0, bytes.data(), bytes.size());
   return id;
+}
+
+void Draft::truncate(uint64_t size) {
+  if (::ftruncate(fd, static_cast<off_t>(size)) != 0) {
+    throw Error(Status::Write, text(label, ": cannot be cut short: ", std::strerror(errno)), errno);
+  }
+  end = size;
+  for (DraftPlane& p : planes) {
+    if (p.dropped && p.record.offset >= masks) p.record.size = 0;
+  }
 }
 
 void Draft::drop(uint32_t& plane) {
@@ -152,7 +163,7 @@ uint64_t Draft::finish() {
   }
   auto numbered = [&](uint32_t plane) { return plane == kNone ? kNone : number[plane]; };
   for (const DraftPlane& p : planes) {
-    if (!p.dropped) continue;
+    if (!p.dropped || !p.record.size) continue;
     uint64_t size = align64(p.record.size);
     clear(p.record.offset, size);
     if (!index.free.empty() &&

@@ -70,6 +70,7 @@ struct Draft {
   std::vector<std::pair<FileRecord, std::string>> files;
   std::vector<DraftMeta> metas;
   uint64_t end = sizeof(Header);  // where the next plane goes
+  uint64_t masks = 0;             // where the masks begin
   const Kernels* kernels = nullptr;
 
   // Reserves the planes of base, shared vectors and masks: one task's masks lie together.
@@ -82,6 +83,8 @@ struct Draft {
   // plane's last are whole blocks. Several threads may write different parts at once.
   void put(uint32_t plane, uint64_t position, const void* data, uint64_t size);
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
+  // Ends the file here, where dropped planes may have been.
+  void truncate(uint64_t size);
   // What was reserved for the plane becomes a free range; its name becomes kNone.
   void drop(uint32_t& plane);
   // An entry with NaN or infinity, its task's or the base's, becomes verbatim.

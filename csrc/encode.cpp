@@ -10,6 +10,7 @@
 #include "float_environment.h"
 #include "merge.h"
 #include "moments.h"
+#include "pack.h"
 #include "parallel.h"
 #include "sparsify.h"
 #include "survey.h"
@@ -348,6 +349,7 @@ void Encoder::run(const Options& options) {
     if (again.empty()) break;
     coded = std::move(again);
   }
+  if (d.recipe.code_masks) pack_masks(d, options);
   sparsify(d, options);
 }
 

@@ -19,6 +19,8 @@ struct Recipe {
   ScaleMode scale = ScaleMode::None;
   BaseStorage storage = BaseStorage::Embedded;
   bool least_bits = false;  // Ternary: too few bits become the least there is, and no error
+  bool code_masks = false;   // given the shared vector, where that is smaller; else they are raw
+  bool code_ternary = true;  // else they are raw
   // The tasks are this many times the same ones with other thresholds: all of them, all of them again,
   // and so on. They are read, and merged, once.
   uint32_t trials = 1;

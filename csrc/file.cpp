@@ -140,12 +140,12 @@ std::vector<MaskCounts> File::count_masks(const std::vector<uint32_t>& tensors,
     counts.push_back(std::move(c));
   }
   std::mutex mutex;
-  parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+  parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned worker) {
     MaskCounts& total = counts[items[i].tensor];
     MaskCounts unit;
     unit.agreement.resize(total.agreement.size());
     unit.overlap.resize(total.overlap.size());
-    decoder.count_unit(jobs[items[i].tensor], items[i].unit, unit);
+    decoder.count_unit(jobs[items[i].tensor], items[i].unit, worker, unit);
     std::lock_guard lock(mutex);
     total.zeros += unit.zeros;
     for (size_t k = 0; k < unit.agreement.size(); ++k) total.agreement[k] += unit.agreement[k];
@@ -191,8 +191,11 @@ std::vector<Damage> File::verify(const Options& options) const {
     for (uint32_t i = 0; i < index_->tensors.size(); ++i) {
       if (index_->tensors[i].alias != kNone) continue;
       const EntryRecord& e = index_->entry(task, i);
-      if (e.coding != Coding::Ternary || is_damaged(e.plane)) continue;
-      if (!is_known(index_->planes[e.plane].kind)) continue;
+      if (e.plane == kNone || e.coding > Coding::Ternary) continue;
+      const PlaneCoding coding = index_->planes[e.plane].coding;
+      if (coding != PlaneCoding::Gaps && coding != PlaneCoding::Conditional) continue;
+      const auto planes = planes_of(*index_, task, i);
+      if (std::any_of(planes.begin(), planes.end(), is_damaged)) continue;
       if (options.poll) options.poll();
       decoder.try_plane(task, i);
     }

@@ -31,7 +31,7 @@ enum class PlaneKind : uint8_t { Base = 1, Shared, Mask, Ternary, Scales, Verbat
 constexpr bool is_known(PlaneKind kind) {
   return kind >= PlaneKind::Base && kind <= PlaneKind::File;
 }
-enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External, Gaps };
+enum class PlaneCoding : uint8_t { Raw = 0, Zstd, External, Gaps, Conditional };
 enum class BaseStorage : uint8_t { Embedded = 1, Referenced };
 enum class Merge : uint8_t { TaskArithmetic = 1, Average, Ties };
 enum class ScaleMode : uint8_t { None = 0, UnitGain, UnitGainRow };

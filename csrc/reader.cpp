@@ -206,8 +206,10 @@ class Validator {
       if (p.coding == PlaneCoding::Gaps) {
         require(p.kind == PlaneKind::Ternary || !is_known(p.kind), "plane ", i,
                 " is coded by gaps but not ternary");
-      } else if (p.coding <= PlaneCoding::External) {
-        require(p.kind != PlaneKind::Ternary, "plane ", i, " is ternary but not coded as such");
+      }
+      if (p.coding == PlaneCoding::Conditional) {
+        require(p.kind == PlaneKind::Mask || !is_known(p.kind), "plane ", i,
+                " is coded given a shared vector but no mask");
       }
       if (p.coding == PlaneCoding::Zstd) {
         require(p.kind == PlaneKind::Verbatim || p.kind == PlaneKind::File || !is_known(p.kind),

@@ -372,7 +372,9 @@ std::string encode_tensor(const Draft& d, uint32_t task, const Candidate& c, Ent
   e.tau_sq = m.tau_sq;
   e.dot = m.dot;
   e.approx_sq = m.approx_sq;
-  return code_ternary(mask.data(), signs.data(), c.elements);
+  if (d.recipe.code_ternary) return code_ternary(mask.data(), signs.data(), c.elements);
+  std::string raw(mask.begin(), mask.end());
+  return raw.append(signs.begin(), signs.end());
 }
 
 void sparsify_task(Draft& d, uint32_t task, const Options& options) {
@@ -404,6 +406,7 @@ void sparsify_task(Draft& d, uint32_t task, const Options& options) {
   share(d, task, static_cast<double>(elements), candidates);
 
   // Planes go to the file in order, as soon as those before them are there.
+  const PlaneCoding coding = d.recipe.code_ternary ? PlaneCoding::Gaps : PlaneCoding::Raw;
   std::mutex mutex;
   std::map<uint64_t, std::string> waiting;
   uint64_t next = 0;
@@ -416,7 +419,7 @@ void sparsify_task(Draft& d, uint32_t task, const Options& options) {
     for (auto it = waiting.begin(); it != waiting.end() && it->first == next; ++next) {
       const Candidate& ready = candidates[next];
       d.tensors[ready.tensor].entries[task].record.plane = d.append(
-          PlaneKind::Ternary, PlaneCoding::Gaps, it->second, 2 * ((ready.elements + 7) / 8));
+          PlaneKind::Ternary, coding, it->second, 2 * ((ready.elements + 7) / 8));
       it = waiting.erase(it);
     }
   });

@@ -5,15 +5,12 @@
 #include <cstring>
 #include <vector>
 
-#include "tallcodec.h"
-#include "text.h"
 
 namespace tallcodec {
 namespace {
 
 constexpr uint32_t kSlotBits = kTernarySlotBits, kSlots = 1 << kSlotBits;
 constexpr uint32_t kSymbols = 68, kBitmapBytes = (kSymbols + 7) / 8;
-constexpr uint32_t kLeast = 1 << 16;  // a coder's state between symbols is this or more
 constexpr uint64_t kBlockHead = 16;   // bytes: count, words, two states
 
 // Gaps are coded by the three leading bits of gap + 4; the bits behind them follow as they are.
@@ -27,17 +24,6 @@ Split split(uint32_t gap) {
 }
 
 uint32_t smallest_gap(uint32_t symbol) { return ((4 + symbol % 4) << symbol / 4) - 4; }
-
-template <class T>
-void append(std::string& to, T value) {
-  to.append(reinterpret_cast<const char*>(&value), sizeof value);
-}
-
-uint32_t read32(const uint8_t* from) {
-  uint32_t value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
 
 // Bits, the first in the least significant bit of the first byte.
 class BitWriter {
@@ -109,7 +95,7 @@ std::string table(const Frequencies& f) {
   return bytes + values.finish();
 }
 
-// A range coder of the ANS kind (arXiv 1311.2540), two states taking turns.
+// Two states take turns.
 std::string code_block(Gaps& g, const Frequencies& f) {
   const uint64_t count = g.gaps.size();
   if (!count) return {};
@@ -119,12 +105,7 @@ std::string code_block(Gaps& g, const Frequencies& f) {
   uint32_t state[2] = {kLeast, kLeast};
   for (uint64_t i = count; i-- > 0;) {
     const uint32_t symbol = split(g.gaps[i]).symbol;
-    uint32_t& x = state[i % 2];
-    if (x >= uint64_t{f[symbol]} << (32 - kSlotBits)) {
-      words.push_back(uint16_t(x));
-      x >>= 16;
-    }
-    x = ((x / f[symbol]) << kSlotBits) + x % f[symbol] + start[symbol];
+    push_symbol(state[i % 2], f[symbol], start[symbol], kSlotBits, words);
   }
   std::reverse(words.begin(), words.end());
   BitWriter extras;
@@ -141,14 +122,6 @@ std::string code_block(Gaps& g, const Frequencies& f) {
   return block + extras.finish() + g.signs.finish();
 }
 
-[[noreturn]] void unsound(const char* what) {
-  throw Error(Status::Format, text("no sound ternary plane: ", what));
-}
-
-void require(bool ok, const char* what) {
-  if (!ok) unsound(what);
-}
-
 }  // namespace
 
 std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
@@ -161,23 +134,30 @@ std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n) 
     total += blocks.back().gaps.size();
   }
   const Frequencies f = normalised(counts, total);
-  std::string head, body;
-  for (Gaps& g : blocks) {
-    body += code_block(g, f);
-    append(head, uint64_t{body.size()});
-  }
-  return head + table(f) + body;
+  std::vector<std::string> coded;
+  for (Gaps& g : blocks) coded.push_back(code_block(g, f));
+  return join_blocks(coded, table(f));
 }
 
-TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
-    : bytes_(bytes), size_(size), n_(n) {
-  const uint64_t table = 8 * blocks();
+namespace {
+
+// The blocks of a plane of n elements, whose head ends where its table does.
+CodedBlocks blocks_of(const uint8_t* bytes, uint64_t size, uint64_t n) {
+  const uint64_t blocks = (n + kTernaryBlock - 1) / kTernaryBlock, table = 8 * blocks;
   require(size >= table && size - table >= kBitmapBytes, "it is too short");
   uint32_t symbols = 0;
   for (uint32_t i = 0; i < kBitmapBytes; ++i) symbols += uint32_t(__builtin_popcount(bytes[table + i]));
-  head_ = table + kBitmapBytes + (uint64_t{symbols} * kSlotBits + 7) / 8;
-  require(size >= head_, "it is too short for its table");
+  const uint64_t head = table + kBitmapBytes + (uint64_t{symbols} * kSlotBits + 7) / 8;
+  require(size >= head, "it is too short for its table");
+  require(symbols || size == head, "it has blocks but no symbols");
+  return {bytes, size, blocks, head};
+}
 
+}  // namespace
+
+TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
+    : n_(n), blocks_(blocks_of(bytes, size, n)) {
+  const uint64_t table = 8 * blocks_.count();
   uint32_t slot = 0;
   uint64_t bit = 0;
   for (uint32_t s = 0; s < kBitmapBytes * 8; ++s) {
@@ -192,33 +172,17 @@ TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
       slots_[slot] = {uint16_t(frequency), uint16_t(i), smallest_gap(s), s / 4};
     }
   }
-  require(slot == kSlots || !symbols, "its frequencies do not add up");
-  require(symbols || size == head_, "it has blocks but no symbols");
-  for (uint64_t b = 0; b < blocks(); ++b) {
-    require(begin(b) <= end(b) && end(b) <= size, "its blocks lie outside it");
-  }
-  require(end(blocks() - 1) == size, "bytes are left behind its blocks");
+  require(slot == kSlots || !slot, "its frequencies do not add up");
 }
-
-uint64_t TernaryPlane::end(uint64_t block) const {
-  uint64_t offset;
-  std::memcpy(&offset, bytes_ + 8 * block, sizeof offset);
-  return offset <= size_ - head_ ? head_ + offset : UINT64_MAX;
-}
-
-uint64_t TernaryPlane::begin(uint64_t block) const { return block ? end(block - 1) : head_; }
 
 void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
   const uint64_t n = std::min(kTernaryBlock, n_ - block * kTernaryBlock);
   std::memset(mask, 0, (n + 7) / 8);
   std::memset(signs, 0, (n + 7) / 8);
-  const uint64_t from = begin(block), to = end(block);  // of a file that may have changed since
-  require(from <= to && to <= size_, "its blocks lie outside it");
-  const uint8_t* const bytes = bytes_ + from;
-  const uint64_t size = to - from;
+  const auto [bytes, size] = blocks_.block(block);
   if (!size) return;
   require(size >= kBlockHead, "a block is too short");
-  const uint32_t count = read32(bytes), word_count = read32(bytes + 4);
+  const uint32_t count = read<uint32_t>(bytes), word_count = read<uint32_t>(bytes + 4);
   const uint64_t sign_bytes = (uint64_t{count} + 7) / 8;
   require(count > 0 && count <= n && size - kBlockHead >= 2 * uint64_t{word_count} + sign_bytes,
           "a block's counts are impossible");
@@ -227,7 +191,7 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
   const uint8_t* const extras = words_end;
   const uint8_t* const negative = bytes + size - sign_bytes;
   const uint64_t extra_bits = uint64_t(negative - extras) * 8;
-  uint32_t state[2] = {read32(bytes + 8), read32(bytes + 12)};
+  uint32_t state[2] = {read<uint32_t>(bytes + 8), read<uint32_t>(bytes + 12)};
   require(state[0] >= kLeast && state[1] >= kLeast, "a block's states are impossible");
 
   uint64_t bit = 0, next = 0;  // of the extras; the element behind the last one found
@@ -251,7 +215,7 @@ void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
     uint64_t held;
     std::memcpy(&held, extras + bit / 8, sizeof held);
     held >>= bit % 8;
-    const uint32_t filling = read32(word);  // for either state, or one, or none
+    const uint32_t filling = read<uint32_t>(word);  // for either state, or one, or none
     const Slot first = take(state[0]), second = take(state[1]);
     const uint32_t low = state[0] < kLeast, also = state[1] < kLeast;
     state[0] = state[0] << 16 * low | (filling & (0xffff & -low));

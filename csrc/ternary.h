@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "rans.h"
+
 namespace tallcodec {
 
 constexpr uint64_t kTernaryBlock = 262144;  // elements
@@ -18,12 +20,7 @@ class TernaryPlane {
  public:
   TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n);
 
-  // Bytes of the plane before its blocks, and where block `block` lies in it.
-  uint64_t head() const { return head_; }
-  uint64_t begin(uint64_t block) const;
-  uint64_t end(uint64_t block) const;
-  uint64_t blocks() const { return (n_ + kTernaryBlock - 1) / kTernaryBlock; }
-
+  const CodedBlocks& blocks() const { return blocks_; }
   // The bits of the elements from block * kTernaryBlock on, in (elements + 7) / 8 bytes each.
   void decode(uint64_t block, uint8_t* mask, uint8_t* signs) const;
 
@@ -33,8 +30,8 @@ class TernaryPlane {
     uint32_t gap : 27, extra : 5;  // the smallest gap of the symbol, and how many bits are added to it
   };
 
-  const uint8_t* bytes_;
-  uint64_t size_, n_, head_;
+  uint64_t n_;
+  CodedBlocks blocks_;
   Slot slots_[1 << kTernarySlotBits];
 };
 

@@ -24,7 +24,8 @@ def read_source(source: Source, size: int) -> bytes: ...
 class Encoder:
     def __init__(
         self, fd: int, label: str, writer: str, *, merge: int, method: int, density: float,
-        scale: int, base_storage: int, least_bits: bool = False, trials: int = 1,
+        scale: int, base_storage: int, least_bits: bool = False, code_masks: bool = False,
+        code_ternary: bool = True, trials: int = 1,
     ) -> None: ...  # fmt: skip
     def add_task(self, name: str, threshold: float, ternary: bool) -> int: ...
     def add_tensor(

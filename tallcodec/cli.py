@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="how the shared vector is stored; auto: as the base")  # fmt: skip
     sub.add_argument("--base-storage", default="embed", choices=numbers.BASE_STORAGES,
                      help="reference: leave the base out and ask for it when decoding")  # fmt: skip
+    sub.add_argument("--coding", default="auto", choices=encoding.CODINGS,
+                     help="of masks and ternary planes; raw: fastest, entropy: smallest; auto: "
+                     "masks raw, ternary planes entropy coded")  # fmt: skip
     sub.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE",
                      help="a string to keep in the file; once per string")  # fmt: skip
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -136,6 +139,7 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         scale=a.scale,
         shared_dtype=a.shared_dtype,
         base_storage=a.base_storage,
+        coding=a.coding,
         metadata=_pairs("--metadata", a.metadata),
         threads=a.threads,
         overwrite=a.overwrite,

@@ -37,6 +37,8 @@ METHODS = ("tall", "magnitude", "ternary")
 BITS = 0.6  # per parameter and task, of ternary planes: docs/benchmarks.md says what that keeps
 DENSITY = 0.2  # of TIES, and of magnitude masks as published
 SCALES = ("auto", *numbers.SCALES)
+# Whether masks, and ternary planes, are entropy coded.
+CODINGS = {"auto": (False, True), "raw": (False, False), "entropy": (True, True)}
 
 
 def encode(
@@ -56,6 +58,7 @@ def encode(
     scale: str = "auto",
     shared_dtype: str = "auto",
     base_storage: str = "embed",
+    coding: str = "auto",
     metadata: Mapping[str, str] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
@@ -104,6 +107,10 @@ def encode(
       of 128), or "auto", each base tensor's own. Masks are computed against s as it is stored.
     - ``base_storage``: "embed" the base, or "reference" it by the checksums of its tensors; it is
       then needed, and checked, when decoding.
+    - ``coding``: of masks and ternary planes. "raw": they are used in place, at the speed of
+      memory. "entropy": the file is smallest (a mask costs its entropy given |s|, in place of one
+      bit per parameter) and tasks are unpacked as they are decoded. "auto": masks are raw, ternary
+      planes entropy coded. What is decoded is the same.
     - ``metadata``: strings of your own, kept in the file.
     - ``threads``: default, one per CPU. The file is the same for any number.
 
@@ -122,6 +129,7 @@ def encode(
     _choose("scale", scale, SCALES)
     _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
     _choose("base_storage", base_storage, numbers.BASE_STORAGES)
+    _choose("coding", coding, CODINGS)
     if mask_method != "tall" and threshold != "auto" and threshold != "search":
         raise ArgumentError(f'threshold is for method "tall", not {mask_method!r}')
     grid_ = _check_search(threshold, target, score, grid, out, mask_method)
@@ -168,6 +176,7 @@ def encode(
             metadata[SCORES] = json.dumps({"grid": grid_, "scores": scores})
 
         recipe["base_storage"] = numbers.BASE_STORAGES[base_storage]
+        recipe["code_masks"], recipe["code_ternary"] = CODINGS[coding]
         file = stack.enter_context(atomic_file(output, overwrite))
         encoder = family.encode(file, label(output), [(t, thresholds[t]) for t in tasks], recipe)
         _add_side_data(encoder, base_checkpoint, checkpoints, metadata)

@@ -360,10 +360,12 @@ def test_invalid_referenced(what):
 
 
 INVALID_TERNARY = {
-    "raw": lambda e: e.plane(records.TERNARY_PLANE, coding=0),
+    "raw but smaller": lambda e: e.plane(records.TERNARY_PLANE, coding=0),
     "a zstd frame": lambda e: e.plane(records.TERNARY_PLANE, coding=1),
     "of another size": lambda e: e.plane(records.TERNARY_PLANE, raw_size=lambda x: x + 1),
     "another plane by gaps": lambda e: e.plane(records.BASE, coding=3),
+    "coded as a mask": lambda e: e.plane(records.TERNARY_PLANE, coding=4),
+    "another plane as a mask": lambda e: e.plane(records.BASE, coding=4),
     "of another kind": lambda e: e.plane(records.TERNARY_PLANE, kind=6, coding=0),
     "with a factor": lambda e: e.entry("cars", "mask", factor=1.0),
     "with scales per row": lambda e: e.entry("cars", "mask", scales_plane=0),

@@ -15,6 +15,7 @@ from ..errors import (
     TensorNotFoundError,
     VersionError,
 )
+from . import conditional, ternary
 from .formulas import (
     ARITHMETIC,
     DTYPES,
@@ -37,6 +38,7 @@ from .records import (
     AS_BASE,
     AS_IS,
     BASE,
+    CONDITIONAL,
     EMBEDDED,
     ENTRY,
     EXTERNAL,
@@ -74,7 +76,6 @@ from .records import (
     plane_sums,
     sum_count,
 )
-from .ternary import decode as decode_ternary
 
 
 def read(data: bytes, base: dict | None = None) -> "Reference":
@@ -210,9 +211,10 @@ class Reference:
                 _check(external == (self.base_storage == REFERENCED),
                        "a base plane contradicts the base storage")
             _check(p.coding != RAW or p.size == p.raw_size, "a raw plane has two sizes")
-            if p.kind == TERNARY_PLANE or (p.coding == GAPS and p.kind in KINDS):
-                _check(p.kind == TERNARY_PLANE and p.coding >= GAPS,
-                       "ternary planes, and only they, are coded by gaps")
+            if p.kind in KINDS:
+                _check(p.coding != GAPS or p.kind == TERNARY_PLANE, "only ternary planes have gaps")
+                _check(p.coding != CONDITIONAL or p.kind == MASK,
+                       "only masks are coded given the shared vector")
             if p.coding == ZSTD:
                 _check(p.kind in (VERBATIM, FILE), "a plane of this kind is no zstd frame")
                 _check(p.raw_size <= 32768 * p.size, "a zstd frame cannot hold that much")
@@ -372,8 +374,7 @@ class Reference:
             with np.errstate(all="ignore"):
                 x = decode_mask(b, signs.astype(np.float32), signs != 0, np.float32(e.scale))
                 return round_to(x, DTYPES[e.dtype]).reshape(self.shape(t))
-        packed = self._array(e.plane, NUMBERS[np.dtype(np.uint8)])
-        mask = np.unpackbits(packed, count=b.size, bitorder="little").astype(bool)
+        mask = self.mask(t, e)
         scale = np.float32(e.scale)
         if e.scales_plane != NONE:
             scales = self._array(e.scales_plane, NUMBERS[FLOAT32])
@@ -391,12 +392,18 @@ class Reference:
         with np.errstate(all="ignore"):
             return load_shared(stored, scales)
 
+    def mask(self, tensor, entry):
+        """The mask of an entry of a tensor, flat, as bools."""
+        if self.planes[entry.plane].coding == CONDITIONAL:
+            return conditional.decode(self._stored(entry.plane), self.shared(tensor))
+        packed, n = np.frombuffer(self._bytes(entry.plane), np.uint8), math.prod(self.shape(tensor))
+        return np.unpackbits(packed, count=n, bitorder="little").astype(bool)
+
     def signs(self, entry, n):
         """The vector of −1, 0, 1 of a ternary entry of n elements."""
-        p = self.planes[entry.plane]
-        _check(p.kind == TERNARY_PLANE and p.coding == GAPS,
-               f"plane {entry.plane} has unknown kind {p.kind} or coding {p.coding}", VersionError)
-        return decode_ternary(self._stored(entry.plane), n)
+        if self.planes[entry.plane].coding == GAPS:
+            return ternary.decode(self._stored(entry.plane), n)
+        return ternary.raw_signs(self._bytes(entry.plane), n)
 
     def task_state(self, task):
         """name -> array: all that the task has."""

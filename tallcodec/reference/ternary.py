@@ -61,6 +61,19 @@ def code(signs):
     return ends + bitmap + table + b"".join(bodies)
 
 
+def raw(signs):
+    """The same vector as it is used: where it is not 0, and where it is −1."""
+    planes = signs != 0, signs < 0
+    return b"".join(np.packbits(bits, bitorder="little").tobytes() for bits in planes)
+
+
+def raw_signs(plane, n):
+    """The vector that a raw plane holds."""
+    bits = np.frombuffer(plane, np.uint8).reshape(2, -1)
+    kept, negative = np.unpackbits(bits, axis=1, count=n, bitorder="little").astype(np.int8)
+    return kept * (1 - 2 * negative)
+
+
 def _code_block(symbols, negative, shares):
     if not symbols:
         return b""
@@ -215,7 +228,7 @@ def share(hulls, sizes, elements, bits, density, least_bits=False):
 
 
 def encode(base, task, kept):
-    """(plane, fields of the entry) of one tensor that keeps so many elements."""
+    """(vector of −1, 0, 1; fields of the entry) of one tensor that keeps so many elements."""
     b = base.ravel().astype(np.float32)
     tau = task.ravel().astype(np.float32) - b
     order = np.sort(np.argsort(-np.abs(tau), kind="stable")[:kept])
@@ -244,7 +257,7 @@ def encode(base, task, kept):
     signs[order] = np.where(negative, -1, 1)
     fields = {"scale": scale, "set_bits": kept, "published_bits": kept,
               **dict(zip(("tau_sq", "dot", "approx_sq"), total))}
-    return code(signs), fields
+    return signs, fields
 
 
 def corrected(dot, scale, wanted):

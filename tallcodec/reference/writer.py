@@ -8,7 +8,7 @@ import numpy as np
 import zstandard
 
 from ..errors import ArgumentError, CheckpointError
-from . import ternary
+from . import conditional, ternary
 from .formulas import (
     ARITHMETIC,
     NEAR,
@@ -36,6 +36,7 @@ from .records import (
     AS_BASE,
     AS_IS,
     BASE,
+    CONDITIONAL,
     EMBEDDED,
     ENTRY,
     EXTERNAL,
@@ -83,7 +84,7 @@ from .records import (
 
 def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall", density=0.2,
           bits=None, least_bits=False,
-          scale="none", shared_dtype="auto", base_storage="embed",
+          scale="none", shared_dtype="auto", base_storage="embed", coding="auto",
           metadata=None, base_metadata=None, task_metadata=None, base_files=None, task_files=None,
           writer="tallcodec 0.1.0", force_zstd=None) -> bytes:
     """A file of `tasks` (name -> checkpoint) coded against `base`; a checkpoint is name -> array.
@@ -93,6 +94,7 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
     where there are no bits: bits per parameter by task name, too few being the least with
     least_bits. metadata, base_metadata: str -> str;
     base_files: name -> bytes; task_metadata, task_files: such dicts by task name.
+    coding: "raw", "entropy", or "auto": masks raw, ternary planes not.
     force_zstd: True compresses every verbatim and file plane, False none, None those that gain.
     """
     if scale not in SCALE_MODES or base_storage not in ("embed", "reference"):
@@ -150,13 +152,14 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
         merged = partial(_merge, merge, averaged=averaged, cuts=cuts, majority=majority)
         encoded[i] = _encode(b, coded[i], thresholds, dtype, mode, merged, METHODS[method])
         unused = bytes(-(-b.size // 8)), bytes(4 * row_count(b.shape) * (mode == 2)), {}
-        masks |= {(k, i): encoded[i].masks.get(k, unused) for k in candidates[i]}
+        masks |= {(k, i): encoded[i].masks.get(k, unused) for k in candidates[i]
+                  if coding != "entropy" or k in encoded[i].masks}
 
     # The planes, in the order of the file.
     no_planes = {"base_plane": NONE, "shared_plane": NONE, "scales_plane": NONE}
     tensors = [{"alias": aliases.get(i, NONE), **no_planes} for i in range(len(names))]
-    entries = {key: {"coding": coding, "reason": reason, "plane": NONE, "scales_plane": NONE}
-               for key, (coding, reason) in codings.items()}
+    entries = {key: {"coding": kind, "reason": reason, "plane": NONE, "scales_plane": NONE}
+               for key, (kind, reason) in codings.items()}
     in_base = [i for i in numbers if names[i] in base]
     if base_storage == "embed":
         for i in in_base:
@@ -166,15 +169,19 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
         tensors[i]["scales_plane"] = out.plane(SCALES, e.scales, bool(e.masks))
     for (k, i), (mask, row_scales, statistics) in sorted(masks.items()):
         used = codings[k, i][0] == MASKED
-        entries[k, i]["plane"] = out.plane(MASK, mask, used)
+        entries[k, i]["plane"] = out.mask(mask, encoded[i], used, coding == "entropy")
         entries[k, i]["scales_plane"] = out.plane(SCALES, row_scales, used)
         entries[k, i] |= statistics
-    for (k, i), (plane, fields) in sparse.items():
+    for (k, i), (signs, fields) in sparse.items():
         raw_size = 2 * -(-base[names[i]].size // 8)
         entries[k, i] |= fields
-        entries[k, i]["plane"] = out.plane(TERNARY_PLANE, plane, coding=GAPS, raw_size=raw_size)
-    for (k, i), (coding, _) in codings.items():
-        if coding == AS_IS:
+        if coding == "raw":
+            entries[k, i]["plane"] = out.plane(TERNARY_PLANE, ternary.raw(signs))
+        else:
+            entries[k, i]["plane"] = out.plane(TERNARY_PLANE, ternary.code(signs), coding=GAPS,
+                                               raw_size=raw_size)
+    for (k, i), (kind, _) in codings.items():
+        if kind == AS_IS:
             entries[k, i]["plane"] = out.compressed(VERBATIM, states[k][names[i]].tobytes())
     scopes = [SCOPE_BASE, *range(len(tasks))]
     files, file_planes = [], {b"": NONE}
@@ -269,8 +276,9 @@ def _classify(base, task, name):
 
 
 # A tensor's shared vector: its bytes, its scales', the number of its element type, the agreement
-# counts, and masks: task number -> (mask bytes, bytes of the scales per row, fields of its entry).
-_Encoded = namedtuple("_Encoded", "shared scales dtype agreement masks")
+# counts, what a decoder reads from it, and masks: task number -> (mask bytes, bytes of the scales
+# per row, fields of its entry).
+_Encoded = namedtuple("_Encoded", "shared scales dtype agreement s masks")
 
 
 def _survey(base, names, numbers, coded, codings, tasks, density):
@@ -294,7 +302,7 @@ def _survey(base, names, numbers, coded, codings, tasks, density):
 
 
 def _sparsify(k, base, state, names, codings, bits, density, least_bits):
-    """(plane, fields) of a task's ternary entries, by (task, tensor). What is not finite is found
+    """(signs, fields) of a task's ternary entries, by (task, tensor). What is not finite is found
     here, and becomes verbatim."""
     elements, found = 0, {}
     for (task, i), (coding, _) in codings.items():
@@ -358,7 +366,7 @@ def _encode(base, tasks, thresholds, dtype, mode, merge, method):
                         gains.tobytes() if mode == 2 else b"", entry)
     counts = np.bincount(agreement, minlength=len(tasks) + 1).tolist()
     return _Encoded(stored.tobytes(), b"" if scales is None else scales.tobytes(), NUMBERS[dtype],
-                    counts, masks)
+                    counts, s, masks)
 
 
 class _Writer:
@@ -386,6 +394,16 @@ class _Writer:
                      raw_size=raw_size or len(stored))
         self.body += stored.ljust(size, b"\0")
         return len(self.planes) - 1
+
+    def mask(self, packed, encoded, used, coded):
+        """A mask's plane, raw or coded, where that is smaller."""
+        if coded:
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=encoded.s.size,
+                                 bitorder="little").astype(bool)
+            plane = conditional.code(bits, encoded.s)
+            if len(plane) < len(packed):
+                return self.plane(MASK, plane, coding=CONDITIONAL, raw_size=len(packed))
+        return self.plane(MASK, packed, used)
 
     def compressed(self, kind, raw):
         """A plane that is a zstd frame where that saves a sixteenth."""

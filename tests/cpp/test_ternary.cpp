@@ -46,7 +46,7 @@ bool decode(const std::string& coded, uint64_t n, Plane& to) {
   std::copy(coded.begin(), coded.end(), bytes.get());
   try {
     const TernaryPlane plane(bytes.get(), coded.size(), n);
-    for (uint64_t b = plane.blocks(); b-- > 0;) {
+    for (uint64_t b = plane.blocks().count(); b-- > 0;) {
       plane.decode(b, to.mask.data() + b * (kTernaryBlock / 8), to.signs.data() + b * (kTernaryBlock / 8));
     }
     return true;

@@ -105,6 +105,17 @@ def families():
         "method": methods, "bits": {"cars": 0.6}, "scale": "unit-gain",
     }  # fmt: skip
 
+    yield "raw-ternary", few[0], few[1:], {"method": "ternary", "bits": {"cars": 0.6},
+                                            "density": 0.2, "coding": "raw"}  # fmt: skip
+    # Long enough to be worth coding; an eighth of it changes in one task, all of it in the other.
+    long = {"a": values(1400, 5, ml_dtypes.bfloat16, (14, 100)), "v": values(9, 2)}
+    part = long["a"].copy()
+    part[3:5] = task(part, 1)[3:5]
+    yield "coded-masks", long, [
+        {"a": part, "v": task(long["v"], 1)}, {"a": task(long["a"], 2), "v": task(long["v"], 2)},
+    ], {"method": "adapted", "scale": "unit-gain-row", "shared_dtype": "int8",
+        "base_storage": "reference", "coding": "entropy"}  # fmt: skip
+
 
 def build():
     """Name, bytes, and the base where the file only references it."""
