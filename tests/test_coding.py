@@ -1,4 +1,4 @@
-"""Planes raw or entropy coded: the reference's bytes, the same values, planes that are not sound."""
+"""Planes raw or entropy coded: the reference's bytes, the same values, unsound planes."""
 
 import numpy as np
 import pytest
