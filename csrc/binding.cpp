@@ -229,11 +229,19 @@ std::vector<Request> requests_of(const py::list& wanted) {
 }
 
 void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool verify,
-            py::object inflate) {
+            py::object inflate, const Loaded* loaded) {
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, verify, std::move(inflate));
+  o.loaded = loaded;
   py::gil_scoped_release release;
   f->decode(requests, o);
+}
+
+Loaded load(const BufferFile& f, const py::list& wanted, unsigned threads, py::object inflate) {
+  const std::vector<Request> requests = requests_of(wanted);
+  Options o = options(threads, true, std::move(inflate));
+  py::gil_scoped_release release;
+  return f->load(requests, o);
 }
 
 void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, float scale,
@@ -365,6 +373,7 @@ PYBIND11_MODULE(_core, m) {
       .def("add_metadata", &Encoder::add_metadata)
       .def("finish", &Encoder::finish, py::call_guard<py::gil_scoped_release>());
 
+  py::class_<Loaded>(m, "Loaded").def("bytes", &Loaded::bytes);
   py::class_<BufferFile>(m, "File")
       .def(py::init<std::string, const py::buffer&>())
       .def("identity", [](const BufferFile& f) { return f->identity(); })
@@ -407,7 +416,8 @@ PYBIND11_MODULE(_core, m) {
       .def("needs_base", [](const BufferFile& f, uint32_t task,
                             uint32_t tensor) { return f->needs_base(task, tensor); })
       .def("decode", decode, py::arg("requests"), py::arg("threads"), py::arg("verify"),
-           py::arg("inflate"))
+           py::arg("inflate"), py::arg("loaded") = nullptr)
+      .def("load", load)
       .def("merge", merge, py::arg("requests"), py::arg("min_tasks"), py::arg("scale"),
            py::arg("threads"), py::arg("verify"))
       .def("count_masks", count_masks, py::arg("tensors"), py::arg("threads"), py::arg("verify"))

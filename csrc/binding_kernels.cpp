@@ -28,6 +28,7 @@ DType dtype_of(const std::string& name) {
   if (name == "float16") return DType::F16;
   if (name == "bfloat16") return DType::BF16;
   if (name == "int8") return DType::I8;
+  if (name == "signs") return kSigns;
   throw py::value_error("unknown element type '" + name + "'");
 }
 
@@ -213,11 +214,16 @@ struct Stored {
     if (phase >= kScaleBlock) throw py::value_error("phase must be below 128");
     if (mask_array.is_none()) return;
     mask = memory(mask_array.cast<py::array>(), (phase + n + 7) / 8);
-    shared = memory(shared_array.cast<py::array>(), n * size_of(shared_dtype));
+    shared = memory(shared_array.cast<py::array>(), shared_bytes(n));
     if (shared_dtype == DType::I8) {
       const uint64_t blocks = (phase + n + kScaleBlock - 1) / kScaleBlock;
       scales = reinterpret_cast<const float*>(memory(scale_array.cast<py::array>(), blocks * 4));
     }
+  }
+
+  // What so many elements take in the shared vector, or of signs, which begin where the mask does.
+  uint64_t shared_bytes(uint64_t elements) const {
+    return shared_dtype == kSigns ? (phase + elements + 7) / 8 : elements * size_of(shared_dtype);
   }
 
   // Elements i .. i + size, where i is a multiple of kScaleBlock.
@@ -230,7 +236,7 @@ struct Stored {
     d.shared_dtype = shared_dtype;
     if (!mask) return d;
     d.mask = mask + i / 8;
-    d.shared = shared + i * size_of(shared_dtype);
+    d.shared = shared + shared_bytes(i);
     if (scales) d.shared_scales = scales + i / kScaleBlock;
     return d;
   }

@@ -66,13 +66,17 @@ PlaneBytes Decoder::known_plane(uint32_t id) const {
                 text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
                      " and coding ", int(p.coding), ", which need a newer tallcodec"));
   }
+  if (options_.loaded) {
+    const auto found = options_.loaded->planes.find(id);
+    if (found != options_.loaded->planes.end()) return {&p, id, Source{found->second.data()}, true};
+  }
   return stored_plane(id);
 }
 
 MaskPlane Decoder::mask_plane(uint32_t id) const {
   MaskPlane mask{known_plane(id), {}};
   const PlaneRecord& p = *mask.plane.record;
-  if (p.coding != PlaneCoding::Conditional) return mask;
+  if (mask.plane.coding() != PlaneCoding::Conditional) return mask;
   const uint64_t blocks = (p.raw_size * 8 + kMaskBlock - 1) / kMaskBlock, head = 8 * blocks;
   const uint8_t* const bytes = mask.plane.source.memory;
   try {
@@ -188,7 +192,7 @@ void Decoder::use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& ta
 void Decoder::use_ternary(Job& j, const EntryRecord& e) const {
   j.block.shared_dtype = kSigns;
   j.coded = known_plane(e.plane);
-  if (j.coded.record->coding == PlaneCoding::Raw) return;
+  if (j.coded.coding() == PlaneCoding::Raw) return;
   const uint8_t* const bytes = j.coded.source.memory;
   try {
     j.ternary = std::make_shared<TernaryPlane>(bytes, j.coded.record->size, j.elements);
@@ -203,7 +207,9 @@ void Decoder::unsound(const PlaneBytes& plane, const Error& e) const {
   throw Error(e.status, text(file_.label(), ": ", file_.describe(plane.id), ": ", e.message));
 }
 
-void Decoder::run(const std::vector<Job>& jobs) {
+// Runs body(job, part, buffers) for all parts that are wanted of all jobs.
+template <class Body>
+void Decoder::for_each_part(const std::vector<Job>& jobs, Body body) {
   struct Item {
     const Job* job;
     uint64_t part;
@@ -213,13 +219,35 @@ void Decoder::run(const std::vector<Job>& jobs) {
     for (uint64_t part = job.first_part(); part < job.end_part(); ++part) items.push_back({&job, part});
   }
   parallel_for(items.size(), options_.threads, options_.poll, [&](uint64_t i, unsigned worker) {
-    const auto& [job, part] = items[i];
-    if (job->computed()) {
-      decode_unit(*job, part, buffers_[worker]);
+    body(*items[i].job, items[i].part, buffers_[worker]);
+  });
+}
+
+void Decoder::run(const std::vector<Job>& jobs) {
+  for_each_part(jobs, [&](const Job& job, uint64_t part, Buffers& buffers) {
+    if (job.computed()) {
+      decode_unit(job, part, buffers);
     } else {
-      copy_part(*job, part, buffers_[worker]);
+      copy_part(job, part, buffers);
     }
   });
+}
+
+Loaded Decoder::load(const std::vector<Job>& jobs) {
+  Loaded to;
+  const auto add = [&](const PlaneBytes& plane) {
+    if (plane.record) to.planes[plane.id].resize(plane.record->raw_size);
+  };
+  for (const Job& job : jobs) {
+    if (job.coding == Coding::Verbatim) add(job.copied);
+    for (const MaskPlane& mask : job.masks) add(mask.plane);
+    add(job.row_scales);
+    add(job.coded);
+  }
+  for_each_part(jobs, [&](const Job& job, uint64_t part, Buffers& buffers) {
+    load_part(job, part, buffers, to);
+  });
+  return to;
 }
 
 void Decoder::count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCounts& counts) {
@@ -283,7 +311,7 @@ const uint8_t* Decoder::view(const PlaneBytes& plane, uint64_t at, uint64_t size
 // Checks the checksum blocks that [at, at + size) touches. `bytes` is where `at` lies; `at` begins a
 // block where the plane is external.
 void Decoder::check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const {
-  if (!options_.verify) return;
+  if (!options_.verify || plane.loaded) return;
   uint64_t end = at + size;
   for (uint64_t block = at / kSumBlock; block * kSumBlock < end; ++block) {
     if (intact(plane, block, bytes + static_cast<int64_t>(block * kSumBlock - at))) continue;
@@ -425,6 +453,39 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
   }
 }
 
+void Decoder::load_part(const Job& job, uint64_t number, Buffers& buffers, Loaded& to) const {
+  const uint64_t first = number * job.part_size(), end = std::min(first + job.part_size(), job.end);
+  const auto look_at = [&](const PlaneBytes& plane, uint32_t size) {
+    for (uint64_t at = first * size; at < end * size; at += kSumBlock) {
+      const uint64_t n = std::min(kSumBlock, end * size - at);
+      check(plane, view(plane, at, n, buffers.base), at, n);
+    }
+  };
+  if (job.coding == Coding::Base) return look_at(job.copied, job.element_size);
+  if (job.coding == Coding::Verbatim) {
+    std::vector<uint8_t>& plane = to.planes.at(job.copied.id);
+    if (job.copied.coding() == PlaneCoding::Zstd) return inflate(job.copied, plane.data());
+    const uint64_t begin = first * job.element_size;
+    return copy(job.copied, begin, end * job.element_size, &plane[begin], buffers.base);
+  }
+  look_at(job.base, size_of(job.block.base_dtype));
+  const uint64_t size = (end - first + 7) / 8;
+  if (job.coding == Coding::Ternary) {
+    const Ternary bits = unit_ternary(job, first, end, buffers);
+    std::vector<uint8_t>& plane = to.planes.at(job.coded.id);
+    std::memcpy(&plane[first / 8], bits.mask, size);
+    std::memcpy(&plane[plane.size() / 2 + first / 8], bits.signs, size);
+    return;
+  }
+  look_at(job.shared, size_of(job.block.shared_dtype));
+  shared_scales(job, first, end);
+  std::memcpy(&to.planes.at(job.masks[0].plane.id)[first / 8], unit_masks(job, first, end, buffers)[0], size);
+  if (first == 0 && job.row_scales.record) {
+    std::vector<uint8_t>& scales = to.planes.at(job.row_scales.id);
+    std::memcpy(scales.data(), part(job.row_scales, 0, scales.size()), scales.size());
+  }
+}
+
 // A zstd plane; `out` has its raw size.
 void Decoder::inflate(const PlaneBytes& plane, uint8_t* out) const {
   const PlaneRecord& p = *plane.record;
@@ -457,7 +518,7 @@ void Decoder::copy_part(const Job& job, uint64_t part, Buffers& buffers) const {
   const uint64_t begin = std::max(part * job.part_size(), job.first) * size;
   const uint64_t end = std::min((part + 1) * job.part_size(), job.end) * size;
   uint8_t* const out = static_cast<uint8_t*>(job.request->out) + (begin - job.first * size);
-  if (job.copied.record->coding != PlaneCoding::Zstd) {
+  if (job.copied.coding() != PlaneCoding::Zstd) {
     copy(job.copied, begin, end, out, buffers.base);
   } else if (end - begin == job.copied.record->raw_size) {
     inflate(job.copied, out);

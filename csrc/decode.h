@@ -15,12 +15,15 @@ namespace tallcodec {
 // The planes that decoding a tensor reads.
 std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tensor);
 
-// A plane's bytes and checksums. Those of an external one are the caller's, and end without padding.
+// A plane's bytes and checksums. Those of an external one are the caller's, and end without padding; those of
+// a loaded one are in memory, raw, and right.
 struct PlaneBytes {
   const PlaneRecord* record = nullptr;
   uint32_t id = kNone;
   Source source;
+  bool loaded = false;
 
+  PlaneCoding coding() const { return loaded ? PlaneCoding::Raw : record->coding; }
   uint64_t size() const {
     return record->coding == PlaneCoding::External ? record->raw_size : align64(record->size);
   }
@@ -51,7 +54,7 @@ struct Job {
   // Elements that are worked on at once.
   uint64_t part_size() const {
     if (computed()) return kUnit;
-    const bool one = copied.record && copied.record->coding == PlaneCoding::Zstd;
+    const bool one = copied.record && copied.coding() == PlaneCoding::Zstd;
     return one ? elements : kCopyChunk / element_size;
   }
   uint64_t first_part() const { return first / part_size(); }
@@ -76,6 +79,7 @@ class Decoder {
   std::vector<uint32_t> masked_tasks(uint32_t tensor) const;
 
   void run(const std::vector<Job>& jobs);
+  Loaded load(const std::vector<Job>& jobs);
   // Adds what the masks of one unit say; counts.agreement and counts.overlap have their sizes.
   void count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCounts& counts);
   std::vector<uint8_t> whole_plane(uint32_t id) const;
@@ -115,6 +119,9 @@ class Decoder {
   const uint8_t* consensus(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const;
   Ternary unit_ternary(const Job& job, uint64_t first, uint64_t end, Buffers& buffers) const;
   void decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const;
+  void load_part(const Job& job, uint64_t part, Buffers& buffers, Loaded& to) const;
+  template <class Body>
+  void for_each_part(const std::vector<Job>& jobs, Body body);
   void inflate(const PlaneBytes& plane, uint8_t* out) const;
   void copy(const PlaneBytes& plane, uint64_t begin, uint64_t end, uint8_t* out,
             std::vector<uint8_t>& buffer) const;

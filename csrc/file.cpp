@@ -1,6 +1,7 @@
 // The public File: what an open file holds, and what is asked of it.
 #include <algorithm>
 #include <mutex>
+#include <set>
 
 #include "decode.h"
 #include "format.h"
@@ -107,6 +108,17 @@ void File::decode(const std::vector<Request>& requests, const Options& options) 
     jobs.push_back(decoder.job(request));
   }
   decoder.run(jobs);
+}
+
+Loaded File::load(const std::vector<Request>& requests, const Options& options) const {
+  Decoder decoder(*this, fetch_, options);
+  std::vector<Job> jobs;
+  std::set<uint32_t> seen;  // tied tensors have one plane
+  for (const Request& request : requests) {
+    info(request.task, request.tensor);  // refuses what is absent or of a newer writer
+    if (seen.insert(index_->original(request.tensor)).second) jobs.push_back(decoder.job(request));
+  }
+  return decoder.load(jobs);
 }
 
 void File::merge(const std::vector<Request>& requests, const Merging& merging,

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -83,9 +84,21 @@ struct MaskCounts {
   std::vector<uint64_t> overlap;    // [tasks * tasks] elements on which both masks are set
 };
 
+// A task's planes as decoding uses them, raw, in memory: masks, ternary planes, scales per row, verbatim ones.
+struct Loaded {
+  std::map<uint32_t, std::vector<uint8_t>> planes;  // by number
+
+  uint64_t bytes() const {
+    uint64_t sum = 0;
+    for (const auto& [id, plane] : planes) sum += plane.size();
+    return sum;
+  }
+};
+
 struct Options {
   unsigned threads = 1;
-  bool verify = true;                // check every block that is used against its checksum
+  bool verify = true;                // check every block of the file that is used against its checksum
+  const Loaded* loaded = nullptr;    // planes to use in place of the file's
   const Kernels* kernels = nullptr;  // null: the best this CPU runs
   std::function<void()> poll;        // called now and then by the calling thread; may throw
   // Decompresses one zstd frame into exactly raw_size bytes, or throws Error(Status::Format). Needed for
@@ -120,6 +133,9 @@ class File {
   bool needs_base(uint32_t task, uint32_t tensor) const;  // a Source in the Request
 
   void decode(const std::vector<Request>& requests, const Options& options) const;
+  // The planes that only these tensors use, unpacked, for later decoding; everything it will read is checked
+  // now. Request::out is not written.
+  Loaded load(const std::vector<Request>& requests, const Options& options) const;
   // Tensors of a model merged from the shared vector and the masks: the base's, in its types and
   // shapes, changed where tasks have masks. Request::task is kNone.
   void merge(const std::vector<Request>& requests, const Merging& merging,

@@ -8,13 +8,13 @@
 from . import errors
 from .encoding import encode
 from .errors import TallcodecError
-from .file import File, open, verify
+from .file import File, Loaded, open, verify
 from .info import FileInfo, TaskInfo, Verification
 from .merging import MergeInfo, merge
 from .stats import FileStats, stats
 from .version import __version__
 
 __all__ = [
-    "File", "FileInfo", "FileStats", "MergeInfo", "TallcodecError", "TaskInfo", "Verification",
+    "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "TallcodecError", "TaskInfo", "Verification",
     "__version__", "encode", "errors", "merge", "open", "stats", "verify",
 ]

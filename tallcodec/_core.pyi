@@ -46,6 +46,9 @@ class Encoder:
     def add_metadata(self, scope: int, key: str, value: str) -> None: ...
     def finish(self) -> int: ...
 
+class Loaded:
+    def bytes(self) -> int: ...
+
 class File:
     def __init__(self, label: str, data: Buffer) -> None: ...
     def identity(self) -> int: ...
@@ -71,10 +74,13 @@ class File:
     def needs_base(self, task: int, tensor: int) -> bool: ...
     def decode(
         self, requests: list[tuple[Any, ...]], threads: int, verify: bool,
-        inflate: Inflate | None,
+        inflate: Inflate | None, loaded: Loaded | None = None,
     ) -> None:  # fmt: skip
         """Requests are (task, tensor, address, base), and (first element, elements) of a part."""
 
+    def load(
+        self, requests: list[tuple[Any, ...]], threads: int, inflate: Inflate | None
+    ) -> Loaded: ...
     def merge(
         self, requests: list[tuple[int, int, int, Source]], min_tasks: int, scale: float,
         threads: int, verify: bool,

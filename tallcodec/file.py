@@ -156,29 +156,7 @@ class File:
         Raises TaskNotFoundError, TensorNotFoundError, TensorMismatchError before anything is
         written; ChecksumError, BaseMismatchError, ReadError on bad bytes.
         """
-        number = self._number(task)
-        names = self._names(number) if tensors is None else list(tensors)
-        if isinstance(tensors, str):
-            raise ArgumentError(f"tensors must be a list of names, not the string {tensors!r}")
-        names = list(dict.fromkeys(names))
-        if out is not None and not isinstance(out, Mapping):
-            raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
-        out = dict(out or {})
-        for name in out.keys() - set(names):
-            raise TensorNotFoundError(f"out[{name!r}]: that tensor is not among those decoded")
-        result: dict[str, Any] = {}
-        requests = []
-        for name in names:
-            tensor = self._tensor(name)
-            dtype, shape, _ = self._info(number, tensor)
-            if name in out:
-                result[name] = out[name]
-                pointer = frameworks.address(name, out[name], dtype, shape)
-            else:
-                result[name], pointer = frameworks.empty(self._framework, dtype, shape)
-            requests.append((tensor, pointer))
-        self._decode(number, requests)
-        return result
+        return self._decode_task(task, tensors, out)
 
     def decode_rows(
         self, task: str | None, tensor: str, start: int, stop: int, out: Any = None
@@ -207,6 +185,19 @@ class File:
         length = math.prod(shape[1:])
         self._decode(number, [(index, pointer, start * length, (stop - start) * length)])
         return out
+
+    def load(self, task: str) -> "Loaded":
+        """A task's own planes in memory, unpacked, to decode from at the speed of memory, again and
+        again. Everything it will be decoded from, base and shared vector too, is checked once, now.
+
+        It takes one bit per parameter of a TALL task and two of a ternary one, and uses the file,
+        which stays open for it. Raises what :meth:`decode` raises.
+        """
+        number = self._number(task)
+        base, file = self._base, self._file
+        requests = [(file.find_tensor(name), 0) for name in self._names(number)]
+        requests = self._with_base(number, requests, base)
+        return Loaded(self, task, file.load(requests, self._threads, _inflate))
 
     def state_dict(self, task: str | None) -> "StateDict":
         """A task's checkpoint as a lazy mapping: each tensor is decoded when it is asked for, anew
@@ -298,19 +289,53 @@ class File:
         dtype, shape, nbytes = self._file.info(number, tensor)
         return _DTYPE_NAMES[dtype], shape, nbytes
 
-    def _decode(self, number: int, requests: list[tuple[int, ...]]) -> None:
+    def _decode_task(
+        self,
+        task: str | None,
+        tensors: Iterable[str] | None,
+        out: Mapping[str, Any] | None,
+        loaded: _core.Loaded | None = None,
+    ) -> dict[str, Any]:
+        number = self._number(task)
+        names = self._names(number) if tensors is None else list(tensors)
+        if isinstance(tensors, str):
+            raise ArgumentError(f"tensors must be a list of names, not the string {tensors!r}")
+        names = list(dict.fromkeys(names))
+        if out is not None and not isinstance(out, Mapping):
+            raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
+        out = dict(out or {})
+        for name in out.keys() - set(names):
+            raise TensorNotFoundError(f"out[{name!r}]: that tensor is not among those decoded")
+        result: dict[str, Any] = {}
+        requests = []
+        for name in names:
+            tensor = self._tensor(name)
+            dtype, shape, _ = self._info(number, tensor)
+            if name in out:
+                result[name] = out[name]
+                pointer = frameworks.address(name, out[name], dtype, shape)
+            else:
+                result[name], pointer = frameworks.empty(self._framework, dtype, shape)
+            requests.append((tensor, pointer))
+        self._decode(number, requests, loaded)
+        return result
+
+    def _decode(
+        self, number: int, requests: list[tuple[int, ...]], loaded: _core.Loaded | None = None
+    ) -> None:
         """Decode tensors: (number, address of its memory), and of a part its first element and how
         many it has."""
         base, file = self._base, self._file  # in this order, see close; kept until this is done
-        file.decode(
-            [
-                (number, tensor, address, self._base_tensor(number, tensor, base), *part)
-                for tensor, address, *part in requests
-            ],
-            self._threads,
-            self._check,
-            _inflate,
-        )
+        requests = self._with_base(number, requests, base)
+        file.decode(requests, self._threads, self._check and not loaded, _inflate, loaded)
+
+    def _with_base(
+        self, number: int, requests: list[tuple[int, ...]], base: Checkpoint | None
+    ) -> list[tuple[Any, ...]]:
+        return [
+            (number, tensor, address, self._base_tensor(number, tensor, base), *part)
+            for tensor, address, *part in requests
+        ]
 
     def _base_tensor(
         self, number: int, tensor: int, base: Checkpoint | None
@@ -355,6 +380,27 @@ class File:
             ignored=self._size - file.size(),
             base_checked=not referenced or self._base is not None,
         )
+
+
+class Loaded:
+    """A task whose planes are in memory. Made by :meth:`File.load`; any number of threads may use
+    one at once.
+    """
+
+    def __init__(self, file: File, task: str, core: _core.Loaded):
+        self._file = file
+        self._core = core
+        self.task = task
+        self.nbytes = core.bytes()
+
+    def decode(
+        self, tensors: Iterable[str] | None = None, out: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`File.decode` of the task, the same bits; no checksum is looked at again."""
+        return self._file._decode_task(self.task, tensors, out, self._core)
+
+    def __repr__(self) -> str:
+        return f"<tallcodec.Loaded {self.task!r}, {self.nbytes:,} bytes, of {self._file!r}>"
 
 
 class StateDict(Mapping):

@@ -275,7 +275,9 @@ def test_state_dict_is_lazy(small_file, monkeypatch):
     with tallcodec.open(small_file) as file:
         decoded = []
         original = file._decode
-        monkeypatch.setattr(file, "_decode", lambda k, r: (decoded.append(len(r)), original(k, r)))
+        monkeypatch.setattr(
+            file, "_decode", lambda k, r, loaded: (decoded.append(len(r)), original(k, r, loaded))
+        )
         state = file.state_dict("cars")
         assert isinstance(state, Mapping)
         assert list(state) == list(state.keys()) == ["a.bias", "a.weight", "b.weight"]

@@ -1,12 +1,14 @@
-"""Ternary planes: bits against their entropy, decoding against a streaming copy, speed of encoding.
+"""Coded planes: bits against their entropy, decoding against a streaming copy, speed of encoding.
 
-    python benchmarks/ternary.py            # two minutes; writes results/ternary.csv
-    python benchmarks/ternary.py --quick    # small arrays, few repeats: a look, nothing written
+    python benchmarks/coding.py            # three minutes; writes results/coding.csv
+    python benchmarks/coding.py --quick    # small arrays, few repeats: a look, nothing written
 
-One tensor of independent normal values, one thread. `of copy` is the bytes of base and decoded
-tensor per second against a copy with non-temporal stores in the same run, without (and with)
-checksums; `raw mask` is the same for a TALL mask and its shared vector. `encode` is in GB of
-checkpoint per second, from memory into a file of the page cache.
+One tensor of independent normal values, one thread: ternary planes of several densities, and masks
+of one of eight such tasks. `of copy` is the bytes of base and decoded tensor per second against a
+copy with non-temporal stores in the same run (of which memcpy reaches what `memcpy` says): decoding
+the coded plane, without (and with) checksums, and from planes in memory (`loaded`, File.load).
+`encode` is in GB of checkpoints per second, from memory into a file of the page cache. The entropy
+is that of position and sign at this density; of masks, that given |s| in steps of an eighth octave.
 """
 
 import argparse
