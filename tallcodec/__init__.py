@@ -12,9 +12,11 @@ from .file import File, Loaded, open, verify
 from .info import FileInfo, TaskInfo, Verification
 from .merging import MergeInfo, merge
 from .stats import FileStats, stats
+from .switcher import Switcher, SwitchMetrics
 from .version import __version__
 
 __all__ = [
-    "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "TallcodecError", "TaskInfo", "Verification",
-    "__version__", "encode", "errors", "merge", "open", "stats", "verify",
-]
+    "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics", "Switcher",
+    "TallcodecError", "TaskInfo", "Verification", "__version__", "encode", "errors", "merge",
+    "open", "stats", "verify",
+]  # fmt: skip

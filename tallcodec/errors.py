@@ -60,5 +60,9 @@ class WriteError(TallcodecError, OSError):
     """The operating system failed to write an output (a full disk, most often)."""
 
 
+class SwitchError(TallcodecError, RuntimeError):
+    """A model cannot be switched now, or could not be put back."""
+
+
 class ClosedError(TallcodecError, ValueError):
     """The file handle was closed."""

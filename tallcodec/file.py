@@ -1,6 +1,7 @@
 """An open `.tall` file: tasks out of it, as tensors, lazily, or as checkpoint files."""
 
 import builtins
+import errno
 import math
 import mmap
 import operator
@@ -98,7 +99,8 @@ class File:
         self._base_source = os.path.abspath(base) if isinstance(base, (str, os.PathLike)) else base
         try:
             with builtins.open(self._path, "rb") as file:
-                self._size = os.fstat(file.fileno()).st_size
+                self._stat = os.fstat(file.fileno())
+                self._size = self._stat.st_size
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
         except OSError as error:
             message = f"{self._label}: cannot be read: {error.strerror}"
@@ -186,9 +188,10 @@ class File:
         self._decode(number, [(index, pointer, start * length, (stop - start) * length)])
         return out
 
-    def load(self, task: str) -> "Loaded":
+    def load(self, task: str | None) -> "Loaded":
         """A task's own planes in memory, unpacked, to decode from at the speed of memory, again and
         again. Everything it will be decoded from, base and shared vector too, is checked once, now.
+        The base (None) has none of its own.
 
         It takes one bit per parameter of a TALL task and two of a ternary one, and uses the file,
         which stays open for it. Raises what :meth:`decode` raises.
@@ -240,6 +243,20 @@ class File:
             overwrite=overwrite,
         )
         return [os.fspath(p) for p in written]
+
+    def check_unchanged(self) -> None:
+        """Raise ReadError where the file was written to in place since it was opened: what is
+        mapped is no longer what was checked. One that was replaced by a rename stays as it was."""
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            return
+        then = self._stat
+        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
+            return
+        if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
+            message = f"{self._label} was written to in place since it was opened: open it again"
+            raise ReadError(errno.EIO, message)
 
     def close(self) -> None:
         self._core = self._base = None
@@ -387,7 +404,7 @@ class Loaded:
     one at once.
     """
 
-    def __init__(self, file: File, task: str, core: _core.Loaded):
+    def __init__(self, file: File, task: str | None, core: _core.Loaded):
         self._file = file
         self._core = core
         self.task = task

@@ -47,15 +47,15 @@ def address(name: str, tensor: Any, dtype: str, shape: tuple[int, ...]) -> int:
         raise TensorMismatchError(
             f"out[{name!r}] is {found} {tuple(tensor.shape)}, the task's tensor is {dtype} {shape}"
         )
-    flaw = _flaw(tensor)
-    if flaw:
+    found = flaw(tensor)
+    if found:
         raise TensorMismatchError(
-            f"out[{name!r}] is {flaw}; it must be contiguous, writable memory of the CPU"
+            f"out[{name!r}] is {found}; it must be contiguous, writable memory of the CPU"
         )
     return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr()
 
 
-def _flaw(tensor: Any) -> str:
+def flaw(tensor: Any) -> str:
     """What keeps a tensor from being decoded into, or ""."""
     if isinstance(tensor, np.ndarray):
         if not tensor.flags.writeable:
