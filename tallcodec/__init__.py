@@ -5,7 +5,7 @@
         state_dict = f.decode("cars")
 """
 
-from . import errors
+from . import errors, hf
 from .encoding import encode
 from .errors import TallcodecError
 from .file import File, Loaded, open, verify
@@ -17,6 +17,6 @@ from .version import __version__
 
 __all__ = [
     "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics", "Switcher",
-    "TallcodecError", "TaskInfo", "Verification", "__version__", "encode", "errors", "merge",
+    "TallcodecError", "TaskInfo", "Verification", "__version__", "encode", "errors", "hf", "merge",
     "open", "stats", "verify",
 ]  # fmt: skip

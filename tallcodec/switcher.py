@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import frameworks, numbers
+from . import frameworks, hf, numbers
 from .checkpoint import dtype_name
 from .errors import ArgumentError, SwitchError, TensorMismatchError
 from .file import File, Loaded
@@ -52,8 +53,9 @@ class Switcher:
     inference: autograd is not told, and keeps no version of what it had.
 
     - ``model``: an ``nn.Module``, or a mapping from the file's tensor names to the tensors to be
-      switched, where names differ (``tallcodec.hf.targets`` makes one for transformers' models).
-      Tensors that are not contiguous memory of the CPU are decoded beside and copied.
+      switched, where names differ. Those of transformers' models are their checkpoints' (see
+      :func:`tallcodec.hf.targets`). Tensors that are not contiguous memory of the CPU are decoded
+      beside and copied.
     - ``file``: a path, or an open :class:`File`, which stays open. ``base``: as in :func:`open`.
     - ``task``: what the model is put on at once; None is the base.
     - ``strict``: the model and each task have the same tensors. Otherwise what only one of them has
@@ -327,6 +329,7 @@ class _Plan:
         self._strict = strict
         self._targets = _targets(model)
         self._pointers = {name: t.data_ptr() for name, t in self._targets.items()}
+        self._memory = _addresses(model)
         self._in_file = set(file.tensors)
         self._beside = {name for name, t in self._targets.items() if frameworks.flaw(t)}
         self._checked: set[str | None] = set()
@@ -338,6 +341,7 @@ class _Plan:
             return
         number = self._file._number(task)
         names = dict.fromkeys(self._file._names(number))
+        owners = {self._pointers[name] for name in names if name in self._targets}
         found = {
             "of another dtype or shape": [
                 text for name in names if name in self._targets
@@ -348,6 +352,7 @@ class _Plan:
             "that only the model has": [
                 repr(n) for n in self._targets
                 if n not in names and (self._strict or n in self._in_file)
+                and self._pointers[n] not in owners  # tied, and stored once
             ],
         }  # fmt: skip
         if not self._strict:
@@ -360,8 +365,8 @@ class _Plan:
 
     def check_memory(self) -> None:
         """Refuse a model whose tensors have moved since."""
-        now = _targets(self._model)
-        moved = [n for n, p in self._pointers.items() if n not in now or now[n].data_ptr() != p]
+        now = _addresses(self._model)
+        moved = [name for name, place in self._memory.items() if now.get(name) != place]
         if moved:
             raise SwitchError(
                 f"the model has been moved or changed since (as by model.to()): "
@@ -430,12 +435,24 @@ class _Plan:
         return flaws
 
 
-def _targets(model: Any) -> dict[str, Any]:
-    """The tensors of a model by name: the memory that is switched."""
+def _state(model: Any) -> dict[str, Any]:
+    """The tensors of a model by its own names."""
     import torch
 
     state = model if isinstance(model, Mapping) else model.state_dict()
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _addresses(model: Any) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in _state(model).items()}
+
+
+def _targets(model: Any) -> dict[str, Any]:
+    """The tensors of a model by a file's names: the memory that is switched."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        return hf.targets(model)
+    return _state(model)
 
 
 def _count(what: str, which: list[str]) -> str:
