@@ -1,0 +1,133 @@
+"""A task of a `.tall` file as a checkpoint of torch.distributed.checkpoint.
+
+    dcp.load(state_dict, storage_reader=tallcodec.dcp.Reader("vision.tall", "cars"))
+
+Importing this module needs PyTorch.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata, StorageReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from . import frameworks
+from .checkpoint import torch_dtype
+from .file import File
+from .file import open as open_file
+
+
+class Reader(StorageReader):
+    """Reads a task, or the base (None), in place: whole tensors, and rows of those whose shards are
+    cut along dimension 0, are decoded into the caller's memory; other shards beside it, and copied.
+
+    ``file`` is a path, opened with ``base`` as in :func:`tallcodec.open` when reading begins, or an
+    open :class:`tallcodec.File`. Every rank opens its own. What goes wrong is said by the
+    CheckpointException in which torch wraps it.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike | File,
+        task: str | None,
+        base: str | os.PathLike | Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self._given, self._task, self._base = file, task, base
+        self._file: File | None = file if isinstance(file, File) else None
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        if checkpoint_id:
+            self._given, self._file = checkpoint_id, None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return os.fspath(checkpoint_id).endswith(".tall")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """One chunk per tensor."""
+        file = self._open()
+        number, tensors = file._number(self._task), {}
+        for name in file._names(number):
+            dtype, shape, _ = file._info(number, file._tensor(name))
+            size = torch.Size(shape)
+            chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=size)
+            properties = TensorProperties(dtype=torch_dtype(dtype))
+            tensors[name] = TensorStorageMetadata(properties, size, [chunk])
+        places = {MetadataIndex(name, tensor.chunks[0].offsets): name
+                  for name, tensor in tensors.items()}  # fmt: skip
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self._open()
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        whole = {}
+        for item in plan.items:
+            target = planner.resolve_tensor(item).detach()
+            if self._is_whole(item, target):
+                whole[item.storage_index.fqn] = item, target
+            else:
+                self._read_part(item, target)
+                planner.commit_tensor(item, target)
+        self._open().decode(self._task, whole, {name: t for name, (_, t) in whole.items()})
+        for item, target in whole.values():
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _open(self) -> File:
+        if self._file is None:
+            self._file = open_file(self._given, "pt", self._base)
+        return self._file
+
+    def _is_whole(self, item: ReadItem, target: torch.Tensor) -> bool:
+        dtype, shape = self._spec(item)
+        return (
+            not any(item.storage_offsets)
+            and tuple(item.lengths) == shape
+            and target.dtype == torch_dtype(dtype)
+            and not frameworks.flaw(target)
+        )
+
+    def _read_part(self, item: ReadItem, target: torch.Tensor) -> None:
+        file, name = self._open(), item.storage_index.fqn
+        dtype, shape = self._spec(item)
+        offsets, lengths = tuple(item.storage_offsets), tuple(item.lengths)
+        if not shape:
+            target.copy_(file.decode(self._task, [name])[name])
+            return
+        rows = offsets[0], offsets[0] + lengths[0]
+        inner = (lengths[1:] != shape[1:], target.dtype != torch_dtype(dtype))
+        if any(inner) or frameworks.flaw(target):
+            part = torch.empty((lengths[0], *shape[1:]), dtype=torch_dtype(dtype))
+            file.decode_rows(self._task, name, *rows, part)
+            for dim in range(1, len(shape)):
+                part = part.narrow(dim, offsets[dim], lengths[dim])
+            target.copy_(part)
+        else:
+            file.decode_rows(self._task, name, *rows, target)
+
+    def _spec(self, item: ReadItem) -> tuple[str, tuple[int, ...]]:
+        file = self._open()
+        number = file._number(self._task)
+        return file._info(number, file._tensor(item.storage_index.fqn))[:2]
