@@ -237,11 +237,12 @@ void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool 
   f->decode(requests, o);
 }
 
-Loaded load(const BufferFile& f, const py::list& wanted, unsigned threads, py::object inflate) {
+Loaded load(const BufferFile& f, uint32_t task, const py::list& wanted, unsigned threads,
+            py::object inflate) {
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, true, std::move(inflate));
   py::gil_scoped_release release;
-  return f->load(requests, o);
+  return f->load(task, requests, o);
 }
 
 void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, float scale,

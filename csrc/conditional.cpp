@@ -16,7 +16,9 @@ namespace {
 constexpr uint32_t kBits = 12, kSlots = 1 << kBits;
 constexpr uint32_t kStates = 16;     // elements take turns on them
 constexpr uint32_t kGroup = 64;      // elements that have a flag of their own
-constexpr uint32_t kContexts = 512;  // 0 where s is 0, else 1 + exponent and leading fraction bit of s
+// 0 where s is 0, else 1 + exponent and leading fraction bit of s; a NaN, which no writer stores, has
+// the one behind these.
+constexpr uint32_t kContexts = 512;
 constexpr uint64_t kHead = 12;
 
 uint32_t context(float s) {
@@ -70,7 +72,7 @@ struct Count {
 
 std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n) {
   FloatEnvironment environment;
-  std::array<Count, kContexts> counts;
+  std::array<Count, kContexts + 1> counts;
   Count flags[2];  // after a group without and with a bit
   uint16_t c[kGroup];
   bool before = true, any = false;
@@ -88,7 +90,7 @@ std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n) {
   uint32_t first_context = 1, end_context = kContexts;
   while (!counts[first_context].all) ++first_context;
   while (!counts[end_context - 1].all) --end_context;
-  std::array<uint16_t, kContexts> frequency{};
+  std::array<uint16_t, kContexts + 1> frequency{};
   for (uint32_t k = first_context; k < end_context; ++k) frequency[k] = counts[k].frequency();
   const uint16_t flag_frequency[2] = {flags[0].frequency(), flags[1].frequency()};
 
@@ -134,7 +136,7 @@ void decode_mask(const uint8_t* bytes, uint64_t size, const SharedBlock& s, uint
   require(first_context && first_context + used <= kContexts, "a block's contexts are impossible");
   require(size == kHead + 2 * used + 4 * kStates + 2 * words, "a block's counts are impossible");
   require(std::max(flag_frequency[0], flag_frequency[1]) <= kSlots, "a frequency is too large");
-  uint16_t frequency[kContexts] = {};
+  uint16_t frequency[kContexts + 1] = {};
   std::memcpy(frequency + first_context, bytes + kHead, 2 * used);
   for (uint32_t f : frequency) require(f <= kSlots, "a frequency is too large");
   uint32_t state[kStates];

@@ -61,14 +61,16 @@ PlaneBytes Decoder::stored_plane(uint32_t id) const {
 // A plane that can be decoded.
 PlaneBytes Decoder::known_plane(uint32_t id) const {
   const PlaneRecord& p = index_.planes[id];
-  if (!is_known(p.kind) || p.coding > PlaneCoding::Conditional) {
+  if (!is_known(p)) {
     throw Error(Status::Version,
                 text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
                      " and coding ", int(p.coding), ", which need a newer tallcodec"));
   }
   if (options_.loaded) {
     const auto found = options_.loaded->planes.find(id);
-    if (found != options_.loaded->planes.end()) return {&p, id, Source{found->second.data()}, true};
+    if (found != options_.loaded->planes.end() && found->second.size() == p.raw_size) {
+      return {&p, id, Source{found->second.data()}, true};
+    }
   }
   return stored_plane(id);
 }
@@ -235,16 +237,19 @@ void Decoder::run(const std::vector<Job>& jobs) {
 
 Loaded Decoder::load(const std::vector<Job>& jobs) {
   Loaded to;
+  std::vector<Job> needed;
   const auto add = [&](const PlaneBytes& plane) {
-    if (plane.record) to.planes[plane.id].resize(plane.record->raw_size);
+    return !plane.record || to.planes.try_emplace(plane.id, plane.record->raw_size).second;
   };
   for (const Job& job : jobs) {
-    if (job.coding == Coding::Verbatim) add(job.copied);
+    // Several entries may name one verbatim plane.
+    if (job.coding == Coding::Verbatim && !add(job.copied)) continue;
     for (const MaskPlane& mask : job.masks) add(mask.plane);
     add(job.row_scales);
     add(job.coded);
+    needed.push_back(job);
   }
-  for_each_part(jobs, [&](const Job& job, uint64_t part, Buffers& buffers) {
+  for_each_part(needed, [&](const Job& job, uint64_t part, Buffers& buffers) {
     load_part(job, part, buffers, to);
   });
   return to;
@@ -266,6 +271,15 @@ void Decoder::count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCou
   }
   counts.agreement[0] -= zeros;
   kernels_.overlap(block, counts.overlap.data());
+}
+
+bool Decoder::is_coded(uint32_t task, uint32_t tensor) const {
+  if (index_.tensors[tensor].alias != kNone) return false;
+  const EntryRecord& e = index_.entry(task, tensor);
+  if (e.coding != Coding::Mask && e.coding != Coding::Ternary) return false;
+  const auto planes = planes_of(index_, task, tensor);
+  return index_.planes[e.plane].coding != PlaneCoding::Raw &&
+         std::all_of(planes.begin(), planes.end(), [&](uint32_t p) { return is_known(index_.planes[p]); });
 }
 
 void Decoder::try_plane(uint32_t task, uint32_t tensor) const {
@@ -332,6 +346,19 @@ const uint8_t* Decoder::part(const PlaneBytes& plane, uint64_t begin, uint64_t e
   return bytes;
 }
 
+// A block of a coded plane, checked: its bytes and how many there are.
+std::pair<const uint8_t*, uint64_t> Decoder::block(const PlaneBytes& plane, const CodedBlocks& blocks,
+                                                   uint64_t number) const {
+  std::pair<const uint8_t*, uint64_t> found;
+  try {
+    found = blocks.block(number);
+  } catch (const Error& e) {  // the file has changed since it was opened
+    unsound(plane, e);
+  }
+  check(plane, found.first, uint64_t(found.first - plane.source.memory), found.second);
+  return found;
+}
+
 // The int8 scales of elements [first, end), if there are any; `first` begins a unit.
 const float* Decoder::shared_scales(const Job& job, uint64_t first, uint64_t end) const {
   if (!job.shared_scales.record) return nullptr;
@@ -357,11 +384,9 @@ std::vector<const uint8_t*> Decoder::unit_masks(const Job& job, uint64_t first, 
       masks.push_back(part(plane, first / 8, (end + 7) / 8));
       continue;
     }
-    const uint64_t block = first / kMaskBlock;
-    part(plane, coded->begin(block), coded->end(block));
     buffers.coded[k].resize((end - first + 7) / 8);
+    const auto [bytes, size] = block(plane, *coded, first / kMaskBlock);
     try {
-      const auto [bytes, size] = coded->block(block);
       decode_mask(bytes, size, shared, end - first, buffers.coded[k].data());
     } catch (const Error& e) {
       unsound(plane, e);
@@ -397,10 +422,10 @@ Decoder::Ternary Decoder::unit_ternary(const Job& job, uint64_t first, uint64_t 
   buffers.mask.resize(size);
   buffers.signs.resize(size);
   for (uint64_t at = first; at < end; at += kTernaryBlock) {
-    const uint64_t block = at / kTernaryBlock, byte = (at - first) / 8;
-    part(job.coded, job.ternary->blocks().begin(block), job.ternary->blocks().end(block));
+    const uint64_t number = at / kTernaryBlock, byte = (at - first) / 8;
+    const auto [bytes, size] = block(job.coded, job.ternary->blocks(), number);
     try {
-      job.ternary->decode(block, &buffers.mask[byte], &buffers.signs[byte]);
+      job.ternary->decode(bytes, size, number, &buffers.mask[byte], &buffers.signs[byte]);
     } catch (const Error& e) {
       unsound(job.coded, e);
     }

@@ -88,7 +88,10 @@ class Decoder {
   PlaneBytes stored_plane(uint32_t id) const;
   // The checksum of block `block` of a plane whose bytes from that block's beginning are given.
   bool intact(const PlaneBytes& plane, uint64_t block, const uint8_t* bytes) const;
-  // Decodes a task's coded plane to nowhere; throws where it is not sound.
+  // Whether a tensor of a task has a coded mask or ternary plane, and everything else it takes to decode
+  // it is known.
+  bool is_coded(uint32_t task, uint32_t tensor) const;
+  // Decodes such a plane to nowhere; throws where it is not sound.
   void try_plane(uint32_t task, uint32_t tensor) const;
 
  private:
@@ -113,6 +116,8 @@ class Decoder {
                       std::vector<uint8_t>& buffer) const;
   void check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const;
   const uint8_t* part(const PlaneBytes& plane, uint64_t begin, uint64_t end) const;
+  std::pair<const uint8_t*, uint64_t> block(const PlaneBytes& plane, const CodedBlocks& blocks,
+                                            uint64_t number) const;
   const float* shared_scales(const Job& job, uint64_t first, uint64_t end) const;
   std::vector<const uint8_t*> unit_masks(const Job& job, uint64_t first, uint64_t end,
                                          Buffers& buffers) const;

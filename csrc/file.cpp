@@ -110,12 +110,15 @@ void File::decode(const std::vector<Request>& requests, const Options& options) 
   decoder.run(jobs);
 }
 
-Loaded File::load(const std::vector<Request>& requests, const Options& options) const {
+Loaded File::load(uint32_t task, const std::vector<Request>& requests, const Options& options) const {
   Decoder decoder(*this, fetch_, options);
   std::vector<Job> jobs;
   std::set<uint32_t> seen;  // tied tensors have one plane
-  for (const Request& request : requests) {
-    info(request.task, request.tensor);  // refuses what is absent or of a newer writer
+  for (Request request : requests) {
+    request.task = task;
+    request.first = 0;
+    request.count = UINT64_MAX;
+    info(task, request.tensor);  // refuses what is absent or of a newer writer
     if (seen.insert(index_->original(request.tensor)).second) jobs.push_back(decoder.job(request));
   }
   return decoder.load(jobs);
@@ -196,18 +199,9 @@ std::vector<Damage> File::verify(const Options& options) const {
     std::lock_guard lock(mutex);
     damage.push_back({plane.id, block});
   });
-  const auto is_damaged = [&](uint32_t plane) {
-    return std::any_of(damage.begin(), damage.end(), [&](const Damage& d) { return d.plane == plane; });
-  };
-  for (uint32_t task = 0; task < index_->tasks.size(); ++task) {
+  for (uint32_t task = 0; damage.empty() && task < index_->tasks.size(); ++task) {
     for (uint32_t i = 0; i < index_->tensors.size(); ++i) {
-      if (index_->tensors[i].alias != kNone) continue;
-      const EntryRecord& e = index_->entry(task, i);
-      if (e.plane == kNone || e.coding > Coding::Ternary) continue;
-      const PlaneCoding coding = index_->planes[e.plane].coding;
-      if (coding != PlaneCoding::Gaps && coding != PlaneCoding::Conditional) continue;
-      const auto planes = planes_of(*index_, task, i);
-      if (std::any_of(planes.begin(), planes.end(), is_damaged)) continue;
+      if (!decoder.is_coded(task, i)) continue;
       if (options.poll) options.poll();
       decoder.try_plane(task, i);
     }

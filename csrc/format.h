@@ -116,6 +116,9 @@ struct PlaneRecord {
   uint64_t offset, size, raw_size, first_sum;
 };
 static_assert(sizeof(PlaneRecord) == 40);
+constexpr bool is_known(const PlaneRecord& p) {
+  return is_known(p.kind) && p.coding <= PlaneCoding::Conditional;
+}
 
 struct FreeRange {
   uint64_t offset, size;

@@ -338,6 +338,7 @@ class Validator {
   }
 
   void entries() const {
+    std::vector<bool> taken(index_.planes.size());
     for (uint32_t task = 0; task < index_.tasks.size(); ++task) {
       for (uint32_t i = 0; i < index_.tensors.size(); ++i) {
         const EntryRecord& e = index_.entry(task, i);
@@ -346,7 +347,14 @@ class Validator {
           require(all_zero(&e, sizeof e), "tensor '", index_.text(t.name),
                   "' is an alias but has an entry of its own");
         } else {
-          entry(e, t, index_.tasks[task].method, Who{index_, i, task});
+          const Who who{index_, i, task};
+          entry(e, t, index_.tasks[task].method, who);
+          if (e.coding != Coding::Mask && e.coding != Coding::Ternary) continue;
+          for (uint32_t plane : {e.plane, e.scales_plane}) {
+            if (plane == kNone) continue;
+            require(!taken[plane], who, " names plane ", plane, ", which another entry has");
+            taken[plane] = true;
+          }
         }
       }
     }

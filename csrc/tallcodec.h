@@ -133,9 +133,9 @@ class File {
   bool needs_base(uint32_t task, uint32_t tensor) const;  // a Source in the Request
 
   void decode(const std::vector<Request>& requests, const Options& options) const;
-  // The planes that only these tensors use, unpacked, for later decoding; everything it will read is checked
-  // now. Request::out is not written.
-  Loaded load(const std::vector<Request>& requests, const Options& options) const;
+  // The planes that only these tensors of a task use, unpacked, for later decoding; everything it will read
+  // is checked now. Of a Request tensor and base count.
+  Loaded load(uint32_t task, const std::vector<Request>& requests, const Options& options) const;
   // Tensors of a model merged from the shared vector and the masks: the base's, in its types and
   // shapes, changed where tasks have masks. Request::task is kNone.
   void merge(const std::vector<Request>& requests, const Merging& merging,
@@ -144,8 +144,8 @@ class File {
                                       const Options& options) const;
   // The decoded bytes of a plane of kind verbatim or file.
   std::vector<uint8_t> read_plane(uint32_t plane, const Options& options) const;
-  // Every block of the file that does not match its checksum. Throws Error(Status::Format) where all of
-  // a ternary plane's do and yet it is not sound.
+  // Every block of the file that does not match its checksum. Throws Error(Status::Format) where all do
+  // and yet a coded plane is not sound.
   std::vector<Damage> verify(const Options& options) const;
   // What a plane belongs to, for messages: "mask of tensor 'a', task 'b'".
   std::string describe(uint32_t plane) const;

@@ -175,11 +175,11 @@ TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
   require(slot == kSlots || !slot, "its frequencies do not add up");
 }
 
-void TernaryPlane::decode(uint64_t block, uint8_t* mask, uint8_t* signs) const {
+void TernaryPlane::decode(const uint8_t* bytes, uint64_t size, uint64_t block, uint8_t* mask,
+                          uint8_t* signs) const {
   const uint64_t n = std::min(kTernaryBlock, n_ - block * kTernaryBlock);
   std::memset(mask, 0, (n + 7) / 8);
   std::memset(signs, 0, (n + 7) / 8);
-  const auto [bytes, size] = blocks_.block(block);
   if (!size) return;
   require(size >= kBlockHead, "a block is too short");
   const uint32_t count = read<uint32_t>(bytes), word_count = read<uint32_t>(bytes + 4);

@@ -21,8 +21,9 @@ class TernaryPlane {
   TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n);
 
   const CodedBlocks& blocks() const { return blocks_; }
-  // The bits of the elements from block * kTernaryBlock on, in (elements + 7) / 8 bytes each.
-  void decode(uint64_t block, uint8_t* mask, uint8_t* signs) const;
+  // The bits of the elements from block * kTernaryBlock on, in (elements + 7) / 8 bytes each, of the block's
+  // bytes.
+  void decode(const uint8_t* bytes, uint64_t size, uint64_t block, uint8_t* mask, uint8_t* signs) const;
 
  private:
   struct Slot {

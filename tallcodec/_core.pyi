@@ -79,7 +79,7 @@ class File:
         """Requests are (task, tensor, address, base), and (first element, elements) of a part."""
 
     def load(
-        self, requests: list[tuple[Any, ...]], threads: int, inflate: Inflate | None
+        self, task: int, requests: list[tuple[Any, ...]], threads: int, inflate: Inflate | None
     ) -> Loaded: ...
     def merge(
         self, requests: list[tuple[int, int, int, Source]], min_tasks: int, scale: float,

@@ -174,7 +174,10 @@ class File:
         dtype, shape, _ = self._info(number, index)
         if not shape:
             raise ArgumentError(f"tensor {tensor!r} is a scalar: it has no rows")
-        start, stop = operator.index(start), operator.index(stop)
+        try:
+            start, stop = operator.index(start), operator.index(stop)
+        except TypeError as error:
+            raise ArgumentError(f"rows are whole numbers, not {start!r} to {stop!r}") from error
         if not 0 <= start <= stop <= shape[0]:
             raise ArgumentError(
                 f"rows {start} to {stop} of tensor {tensor!r}: it has rows 0 to {shape[0]}"
@@ -200,7 +203,7 @@ class File:
         base, file = self._base, self._file
         requests = [(file.find_tensor(name), 0) for name in self._names(number)]
         requests = self._with_base(number, requests, base)
-        return Loaded(self, task, file.load(requests, self._threads, _inflate))
+        return Loaded(self, task, file.load(number, requests, self._threads, _inflate))
 
     def state_dict(self, task: str | None) -> "StateDict":
         """A task's checkpoint as a lazy mapping: each tensor is decoded when it is asked for, anew
@@ -415,6 +418,9 @@ class Loaded:
     ) -> dict[str, Any]:
         """As :meth:`File.decode` of the task, the same bits; no checksum is looked at again."""
         return self._file._decode_task(self.task, tensors, out, self._core)
+
+    def __reduce__(self):
+        return File.load, (self._file, self.task)
 
     def __repr__(self) -> str:
         return f"<tallcodec.Loaded {self.task!r}, {self.nbytes:,} bytes, of {self._file!r}>"

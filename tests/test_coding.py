@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 import tallcodec
-from helpers import assert_same, awkward, encoded, normal, reference_file, small_family
+from helpers import (
+    assert_same,
+    awkward,
+    encoded,
+    normal,
+    reference_file,
+    seal,
+    small_family,
+    unseal,
+)
 from tallcodec import _core, numbers, reference
 from tallcodec.errors import ArgumentError, ChecksumError, FormatError
 from tallcodec.reference import conditional, ternary
@@ -178,6 +187,92 @@ def test_a_plane_of_another_mask_is_found_by_verify(tmp_path, monkeypatch):
     path.write_bytes(with_plane(monkeypatch, bytes(8)))  # sound, of no bits at all
     with pytest.raises(FormatError, match="0 bits are set, its entry says"):
         tallcodec.verify(path)
+
+
+def test_a_shared_vector_with_a_nan_is_read_alike(tmp_path, monkeypatch):
+    """No writer stores one: both readers take its elements for zeros of the mask."""
+    path = tmp_path / "a.tall"
+    data = bytearray(encoded(path, BASE, TASKS, coding="entropy"))
+    with tallcodec.open(path, "np") as file:
+        offset = next(p[2] for p in file._file.planes() if p[0] == numbers.PLANES["shared"])
+    data[offset : offset + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    read = reference.read(bytes(data))
+    planes = read.planes
+    monkeypatch.setattr(
+        read, "_stored", lambda n: bytes(data[planes[n].offset :][: planes[n].size])
+    )
+    with tallcodec.open(path, "np", verify=False) as file:
+        for task in TASKS:
+            try:
+                found = file.decode(task)
+            except FormatError:
+                found = None
+            try:
+                expected = read.task_state(task)
+            except FormatError:
+                expected = None
+            assert (found is None) == (expected is None)
+            if found is not None:
+                assert_same(found, expected)
+
+
+def test_denormals_whatever_the_process_does_with_them(tmp_path):
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    base = {"w": np.zeros(50_000, np.float32)}
+    values = random.integers(-90, 90, (2, 50_000)) * (random.random((2, 50_000)) < 0.7)
+    tasks = {t: {"w": (v * 1e-45).astype(np.float32)} for t, v in zip("ab", values)}
+    options = {"coding": "entropy", "shared_dtype": "int8", "threads": 1}
+    file = encoded(tmp_path / "a.tall", base, tasks, **options)
+    state = reference.read(file).task_state("a")
+    try:
+        assert torch.set_flush_denormal(True)
+        assert encoded(tmp_path / "b.tall", base, tasks, **options) == file
+        with tallcodec.open(tmp_path / "a.tall", "np", threads=1) as opened:
+            assert_same(opened.decode("a"), state)
+            assert_same(opened.load("a").decode(), state)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_damage_to_the_head_of_a_mask_of_several_blocks(tmp_path):
+    base = {"w": np.zeros(1_200_000, np.float32)}
+    tasks = {t: {"w": normal(1_200_000, k)} for k, t in enumerate("ab")}
+    path = tmp_path / "a.tall"
+    data = bytearray(encoded(path, base, tasks, coding="entropy"))
+    with tallcodec.open(path, "np") as opened:
+        offset = next(p[2] for p in opened._file.planes() if p[:2] == (MASK, 4))
+    for at in (0, 3, 8, 16):
+        damaged = bytearray(data)
+        damaged[offset + at] ^= 1
+        path.write_bytes(damaged)
+        with tallcodec.open(path, "np") as opened:
+            for read in (opened.decode, opened.load):
+                with pytest.raises(ChecksumError, match="mask of tensor 'w', task 'a'"):
+                    read("a")
+
+
+def test_verify_names_what_is_damaged_before_what_is_unsound(tmp_path, monkeypatch):
+    path = tmp_path / "a.tall"
+    file = bytearray(with_plane(monkeypatch, bytes(8)))  # every mask is of another
+    offset = max(p.offset for p in reference.read(bytes(file)).planes if p.kind == MASK)
+    file[offset] ^= 1
+    path.write_bytes(file)
+    with pytest.raises(ChecksumError, match="mask of tensor 'w', task 'c'"):
+        tallcodec.verify(path)
+
+
+def test_two_entries_with_one_mask_are_refused(tmp_path):
+    data = bytearray(encoded(tmp_path / "a.tall", BASE, TASKS))
+    read = reference.read(bytes(data))
+    index = read.slot.index_offset + 128 + 64 + 3 * 64  # the header, a tensor, three tasks
+    data[index + 64 + 8 : index + 64 + 12] = data[index + 8 : index + 12]  # b's is a's
+    planes, found = unseal(bytes(data))
+    (tmp_path / "b.tall").write_bytes(seal(planes, found))
+    for read in (tallcodec.open, lambda path: reference.read(path.read_bytes())):
+        with pytest.raises(FormatError, match="which another entry has|two entries name one"):
+            read(tmp_path / "b.tall")
 
 
 @pytest.mark.parametrize("kind", ["mask", "shared"])

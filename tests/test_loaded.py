@@ -1,5 +1,6 @@
 """Tasks whose planes are in memory: the same bits whatever the coding, and what they take."""
 
+import pickle
 import threading
 
 import numpy as np
@@ -64,11 +65,11 @@ def test_into_the_callers_memory(small_file):
             loaded.decode(["none"])
 
 
-@pytest.mark.parametrize("kind", [1, 2, 3])
+@pytest.mark.parametrize("kind", [1, 2, 3, 5])
 def test_everything_is_checked_at_once(tmp_path, kind):
     base, tasks, _ = awkward(3)
     path = tmp_path / "x.tall"
-    data = bytearray(encoded(path, base, tasks))
+    data = bytearray(encoded(path, base, tasks, shared_dtype="int8"))
     with tallcodec.open(path, "np") as file:
         offset = next(p[2] for p in file._file.planes() if p[0] == kind and p[3] > 30)
         file.load("cars")
@@ -77,6 +78,31 @@ def test_everything_is_checked_at_once(tmp_path, kind):
     with tallcodec.open(path, "np", verify=False) as file:
         with pytest.raises(errors.ChecksumError):
             file.load("cars")
+
+
+def test_what_is_as_the_base_is_checked_too(tmp_path):
+    base = {"frozen": normal(500, 1), "w": normal(500, 2)}
+    path = tmp_path / "x.tall"
+    data = bytearray(encoded(path, base, {"t": base | {"w": normal(500, 3)}}))
+    data[192] ^= 1  # the base begins with "frozen"
+    path.write_bytes(data)
+    with tallcodec.open(path, "np") as file:
+        for task in ("t", None):
+            with pytest.raises(errors.ChecksumError, match="base plane of tensor 'frozen'"):
+                file.load(task)
+
+
+def test_the_base_has_nothing_of_its_own(small_file):
+    with tallcodec.open(small_file, "np") as file:
+        loaded = file.load(None)
+        assert loaded.nbytes == 0
+        assert_same(loaded.decode(), file.decode(None))
+
+
+def test_it_is_pickled_by_its_file(small_file):
+    with tallcodec.open(small_file, "np") as file:
+        loaded = pickle.loads(pickle.dumps(file.load("cars")))
+        assert_same(loaded.decode(), file.decode("cars"))
 
 
 def test_another_base_is_refused(encode):

@@ -70,6 +70,13 @@ def test_rows_that_are_not_there_are_refused(small_file, start, stop):
             file.decode_rows("cars", "a.weight", start, stop)
 
 
+@pytest.mark.parametrize("rows", [(0.0, 2), (0, None), ("0", 2)])
+def test_rows_are_whole_numbers(small_file, rows):
+    with tallcodec.open(small_file, "np") as file:
+        with pytest.raises(errors.ArgumentError, match="rows are whole numbers"):
+            file.decode_rows("cars", "a.weight", *rows)
+
+
 def test_a_scalar_has_no_rows(encode):
     base, tasks = small_family()
     for state in (base, *tasks.values()):

@@ -13,9 +13,9 @@ CONTEXTS = 512
 
 
 def contexts(s):
-    """Of each element: 0 where s is 0, else 1 + what the bits of |s| begin with."""
+    """Of each element: 0 where s is 0, else 1 + what |s| begins with; CONTEXTS of a NaN."""
     bits = np.abs(s).view(np.uint32)
-    return np.where(bits == 0, 0, 1 + (bits >> 22)).astype(int).tolist()
+    return np.where(bits == 0, 0, np.minimum(1 + (bits >> 22), CONTEXTS)).astype(int).tolist()
 
 
 def frequency(ones, count):
@@ -86,7 +86,7 @@ def _decode_block(block, context, out):
     _check(0 < first <= first + used <= CONTEXTS)
     _check(len(block) == 12 + 2 * used + 4 * STATES + 2 * word_count)
     values = struct.unpack_from(f"<{used}H{STATES}I{word_count}H", block, 12)
-    table = [0] * first + [*values[:used]] + [0] * (CONTEXTS - first - used)
+    table = [0] * first + [*values[:used]] + [0] * (CONTEXTS + 1 - first - used)
     states, words = [*values[used : used + STATES]], iter(values[used + STATES :])
     _check(max(*table, *flag_table) <= SLOTS and min(states) >= LEAST)
 

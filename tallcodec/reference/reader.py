@@ -119,6 +119,9 @@ class Reference:
             _check_name(task.name, "a task's name", forbidden=("",))
         self.entries = [[self._entry(t, raw, task.method) for t, raw in zip(self.tensors, row)]
                         for task, row in zip(self.tasks, self.entries)]
+        named = [plane for row in self.entries for e in row if e and e.coding in (MASKED, SPARSE)
+                 for plane in (e.plane, e.scales_plane) if plane != NONE]  # fmt: skip
+        _check(len(named) == len(set(named)), "two entries name one mask or ternary plane")
         self.metadata = self._metadata()
         self.files = self._files()
 

@@ -117,6 +117,24 @@ void test_bits() {
   check(bits < 1.005 * entropy, "%g bits of %g", bits, entropy);
 }
 
+// A shared vector that no writer makes: of NaNs, and of others than the mask was coded with.
+void test_another_shared_vector() {
+  std::mt19937_64 random(4);
+  for (DType dtype : kTypes) {
+    for (int round = 0; round < 200; ++round) {
+      Case c = random_case(random, 2000, dtype, 0.3);
+      const std::string coded = code(c);
+      for (int k = 0; k < 5; ++k) {
+        const uint64_t i = random() % c.stored.size();
+        for (uint64_t at = i; at < std::min(i + 4, c.stored.size()); ++at) c.stored[at] = 0x7f;
+      }
+      if (dtype == DType::I8) c.scales[random() % c.scales.size()] = round % 2 ? INFINITY : NAN;
+      Bits unused;
+      decode(coded, c, unused);  // refused or not
+    }
+  }
+}
+
 void test_damage() {
   std::mt19937_64 random(3);
   int refused = 0, rounds = 0;
@@ -141,6 +159,7 @@ void test_damage() {
 int main() {
   test_round_trip();
   test_bits();
+  test_another_shared_vector();
   test_damage();
   std::printf("%d checks passed, %d failed\n", passed, failed);
   return failed != 0;

@@ -47,7 +47,8 @@ bool decode(const std::string& coded, uint64_t n, Plane& to) {
   try {
     const TernaryPlane plane(bytes.get(), coded.size(), n);
     for (uint64_t b = plane.blocks().count(); b-- > 0;) {
-      plane.decode(b, to.mask.data() + b * (kTernaryBlock / 8), to.signs.data() + b * (kTernaryBlock / 8));
+      const auto [block, size] = plane.blocks().block(b);
+      plane.decode(block, size, b, to.mask.data() + b * (kTernaryBlock / 8), to.signs.data() + b * (kTernaryBlock / 8));
     }
     return true;
   } catch (const Error& e) {
