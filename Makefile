@@ -34,6 +34,10 @@ test-cpp: .venv/packages
 	build/tests/test_ternary
 	build/tests/test_conditional
 	build/tests/test_file
+	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
+	$(CMAKE) -S examples/cpp -B build/example -GNinja -DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp"
+	$(CMAKE) --build build/example
+	$(BIN)/python tests/cpp/check_example.py build/example/decode
 
 test-sanitize: .venv/packages
 	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON

@@ -28,6 +28,18 @@ File::File(std::string label, uint64_t file_size, Fetch fetch)
       read_index(label_, fetch_(slot.index_offset, slot.index_size), slot.index_size, slot));
 }
 
+std::vector<std::string> File::tasks() const {
+  std::vector<std::string> names;
+  for (const TaskRecord& t : index_->tasks) names.emplace_back(index_->text(t.name));
+  return names;
+}
+
+std::vector<std::string> File::tensors() const {
+  std::vector<std::string> names;
+  for (const TensorRecord& t : index_->tensors) names.emplace_back(index_->text(t.name));
+  return names;
+}
+
 uint32_t File::find_task(std::string_view name) const {
   std::string known;
   for (uint32_t i = 0; i < index_->tasks.size(); ++i) {

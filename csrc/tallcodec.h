@@ -124,6 +124,8 @@ class File {
   uint64_t identity() const { return identity_; }  // the index's checksum
   uint64_t size() const { return size_; }  // where the file ends; bytes behind it are ignored
   const std::string& label() const { return label_; }
+  std::vector<std::string> tasks() const;    // their names, by number
+  std::vector<std::string> tensors() const;  // those of the base and of all tasks, sorted
   uint32_t find_task(std::string_view name) const;    // throws Error(Status::TaskNotFound)
   uint32_t find_tensor(std::string_view name) const;  // throws Error(Status::TensorNotFound)
   bool has(uint32_t task, uint32_t tensor) const;     // task kNone: the base
