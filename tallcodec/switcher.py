@@ -141,15 +141,16 @@ class Switcher:
             self._home = task
 
     @contextlib.contextmanager
-    def task(self, task: str | None) -> Iterator[None]:
+    def task(self, task: str | None, *, restore: bool = True) -> Iterator[None]:
         """A block in which the model stays on a task. Then it is put back on what :meth:`switch`
-        last asked for. Threads may be in blocks of the same task at once; one that wants another
-        waits. Raises what :meth:`switch` raises."""
+        last asked for, or, without ``restore``, left there for whoever comes next, as in a server.
+        Threads may be in blocks of the same task at once; one that wants another waits. Raises what
+        :meth:`switch` raises."""
         self._enter_block(task)
         try:
             yield
         finally:
-            self._leave_block()
+            self._leave_block(restore)
 
     def prefetch(self, task: str | None) -> "Future[None]":
         """Bring a task's planes into memory, in a thread of its own. The future's result is None,
@@ -161,6 +162,11 @@ class Switcher:
             self._cache.trim(self._current)
 
         return self._loading.submit(load)
+
+    def forget(self, task: str | None) -> None:
+        """Let go of a task's planes in memory, if they are there: for who keeps account of them
+        elsewhere. A task that the model is on stays; forgetting twice is harmless."""
+        self._cache.drop(task)
 
     def close(self) -> None:
         """Let go of the model, which stays as it is, and of the file. Closing twice is harmless."""
@@ -192,10 +198,12 @@ class Switcher:
             self._put(task)
             self._blocks += 1
 
-    def _leave_block(self) -> None:
+    def _leave_block(self, restore: bool) -> None:
         with self._lock:
             self._blocks -= 1
             last = not self._blocks
+            if not restore:
+                self._home = self._current
         self._gate.leave()
         if last and not self._gate.is_user():
             with self._gate.changing():  # so no block has begun since, or it has ended
@@ -309,6 +317,11 @@ class _Cache:
                 if self._budget is None or size <= self._budget:
                     break
                 size -= self._tasks.pop(task).nbytes
+                self._evictions += 1
+
+    def drop(self, task: str | None) -> None:
+        with self._lock:
+            if self._tasks.pop(task, None) is not None:
                 self._evictions += 1
 
     def clear(self) -> None:

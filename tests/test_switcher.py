@@ -419,7 +419,19 @@ def test_a_block_puts_back_what_was(net, path):
         assert switcher.current == "cars" and not switcher._gate._users
 
 
-def test_blocks_of_many_threads(net, path):
+def test_a_block_that_leaves_the_model_where_it_is(net, path):
+    with Switcher(net, path, task="cars") as switcher:
+        with switcher.task("dtd", restore=False):
+            pass
+        assert switcher.current == "dtd" and switcher.metrics.switches == 2
+        with switcher.task("mnist"):
+            assert_on(net, path, "mnist")
+        assert switcher.current == "dtd"
+        assert_on(net, path, "dtd")
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_blocks_of_many_threads(net, path, restore):
     x, expected, wrong = torch.ones(1, 12), {}, []
     with Switcher(net, path) as switcher, torch.no_grad():
         for task in (None, *TASKS):
@@ -432,7 +444,7 @@ def test_blocks_of_many_threads(net, path):
             with torch.no_grad():
                 for _ in range(40):
                     task = choose.choice([None, *TASKS])
-                    with switcher.task(task):
+                    with switcher.task(task, restore=restore):
                         if not torch.equal(net(x), expected[task]):
                             wrong.append(task)
 
@@ -441,7 +453,8 @@ def test_blocks_of_many_threads(net, path):
             thread.join(60)
             assert results == [None]
         assert not wrong
-        assert switcher.current == "cars" and torch.equal(net(x), expected["cars"])
+        assert switcher.current == "cars" or not restore
+        assert torch.equal(net(x), expected[switcher.current])
         assert not switcher._gate._users and not switcher._blocks
 
 
@@ -493,6 +506,19 @@ def test_the_least_recently_used_planes_go_first(net, encode):
         switcher.switch("dtd")
         assert set(switcher._cache._tasks) == {"dtd"}
         switcher.switch("cars")
+        assert_on(net, path, "cars")
+
+
+def test_forgetting(net, path):
+    with Switcher(net, path, task="cars") as switcher:
+        switcher.prefetch("dtd").result(WAIT)
+        for task in ("dtd", "dtd", "cars", "unknown"):
+            switcher.forget(task)
+        assert switcher.metrics.resident_tasks == 0 and switcher.metrics.evictions == 2
+        assert_on(net, path, "cars")
+        switcher.switch("dtd")
+        switcher.switch("cars")
+        assert switcher.metrics.misses == 3  # cars at first, dtd and cars again
         assert_on(net, path, "cars")
 
 
