@@ -76,7 +76,7 @@ void adapt_tensor(const Draft& d, DraftTensor& t, const Survey& survey, Values& 
 void adapt(Draft& draft, const Survey& survey, const std::vector<uint32_t>& tensors,
            const Options& options) {
   std::vector<Values> values(std::max(1u, options.threads));
-  parallel_for(tensors.size(), options.threads, options.poll, [&](uint64_t i, unsigned worker) {
+  parallel_for(tensors.size(), options.threads, watch(options, "adapting masks"), [&](uint64_t i, unsigned worker) {
     FloatEnvironment in_this_thread;
     adapt_tensor(draft, draft.tensors[tensors[i]], survey, values[worker]);
   });

@@ -54,15 +54,17 @@ Source source(const py::object& o) {
   return {nullptr, fd, where};
 }
 
-// Lets Ctrl-C through, at most some twenty times a second.
-std::function<void()> poll_signals() {
+// Lets Ctrl-C through, and calls `progress(step, done, total)`, if it is not None, at most some twenty times
+// a second and when a step is done.
+auto poll_signals(py::object progress) {
   auto last = std::make_shared<std::chrono::steady_clock::time_point>();
-  return [last] {
+  return [last, progress](const char* step, uint64_t done, uint64_t total) {
     auto now = std::chrono::steady_clock::now();
-    if (now - *last < std::chrono::milliseconds(50)) return;
+    if (now - *last < std::chrono::milliseconds(50) && (done < total || progress.is_none())) return;
     *last = now;
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!progress.is_none()) progress(step, done, total);
   };
 }
 
@@ -80,7 +82,7 @@ auto inflate_with(py::object inflate) {
   };
 }
 
-Options options(unsigned threads, bool verify, py::object inflate) {
+Options options(unsigned threads, bool verify, py::object inflate, py::object progress = py::none()) {
   const char* backend = std::getenv("TALLCODEC_BACKEND");
   if (backend && *backend && std::string_view(backend) != "cpu") {
     throw Error(Status::Argument, text("TALLCODEC_BACKEND=", backend, ": there is only cpu here"));
@@ -88,7 +90,7 @@ Options options(unsigned threads, bool verify, py::object inflate) {
   Options o;
   o.threads = threads;
   o.verify = verify;
-  o.poll = poll_signals();
+  o.poll = poll_signals(std::move(progress));
   if (!inflate.is_none()) o.inflate = inflate_with(std::move(inflate));
   return o;
 }
@@ -284,8 +286,8 @@ py::bytes read_plane(const BufferFile& f, uint32_t plane, py::object inflate) {
   return py::bytes(reinterpret_cast<const char*>(out.data()), out.size());
 }
 
-py::list verify(const BufferFile& f, unsigned threads) {
-  Options o = options(threads, true, py::none());
+py::list verify(const BufferFile& f, unsigned threads, py::object progress) {
+  Options o = options(threads, true, py::none(), std::move(progress));
   std::vector<Damage> damage;
   {
     py::gil_scoped_release release;
@@ -344,11 +346,12 @@ PYBIND11_MODULE(_core, m) {
                          Reason(reason), source(from));
            })
       .def("run",
-           [](Encoder& e, unsigned threads) {
-             Options o = options(threads, true, py::none());
+           [](Encoder& e, unsigned threads, py::object progress) {
+             Options o = options(threads, true, py::none(), std::move(progress));
              py::gil_scoped_release release;
              e.run(o);
-           })
+           },
+           py::arg("threads"), py::arg("progress") = py::none())
       .def("verbatim",
            [](const Encoder& e) {
              std::vector<std::pair<uint32_t, uint32_t>> out;
@@ -423,6 +426,6 @@ PYBIND11_MODULE(_core, m) {
            py::arg("threads"), py::arg("verify"))
       .def("count_masks", count_masks, py::arg("tensors"), py::arg("threads"), py::arg("verify"))
       .def("read_plane", read_plane)
-      .def("verify", verify)
+      .def("verify", verify, py::arg("threads"), py::arg("progress") = py::none())
       .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); });
 }

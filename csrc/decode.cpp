@@ -220,7 +220,7 @@ void Decoder::for_each_part(const std::vector<Job>& jobs, Body body) {
   for (const Job& job : jobs) {
     for (uint64_t part = job.first_part(); part < job.end_part(); ++part) items.push_back({&job, part});
   }
-  parallel_for(items.size(), options_.threads, options_.poll, [&](uint64_t i, unsigned worker) {
+  parallel_for(items.size(), options_.threads, watch(options_, "decoding"), [&](uint64_t i, unsigned worker) {
     body(*items[i].job, items[i].part, buffers_[worker]);
   });
 }

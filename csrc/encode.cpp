@@ -330,7 +330,7 @@ void Encoder::run(const Options& options) {
       progress[i] = std::make_unique<Progress>(d.tensors[i], d.recipe.scale == ScaleMode::UnitGainRow);
       for (uint64_t u = 0; u < progress[i]->units; ++u) items.push_back({i, u});
     }
-    parallel_for(items.size(), options.threads, options.poll, [&](uint64_t item, unsigned worker) {
+    parallel_for(items.size(), options.threads, watch(options, "encoding"), [&](uint64_t item, unsigned worker) {
       FloatEnvironment in_this_thread;
       auto [tensor, part] = items[item];
       const DraftTensor& t = d.tensors[tensor];

@@ -167,7 +167,7 @@ std::vector<MaskCounts> File::count_masks(const std::vector<uint32_t>& tensors,
     counts.push_back(std::move(c));
   }
   std::mutex mutex;
-  parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned worker) {
+  parallel_for(items.size(), options.threads, watch(options, "counting masks"), [&](uint64_t i, unsigned worker) {
     MaskCounts& total = counts[items[i].tensor];
     MaskCounts unit;
     unit.agreement.resize(total.agreement.size());
@@ -205,7 +205,7 @@ std::vector<Damage> File::verify(const Options& options) const {
   }
   std::vector<Damage> damage;
   std::mutex mutex;
-  parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+  parallel_for(items.size(), options.threads, watch(options, "verifying"), [&](uint64_t i, unsigned) {
     const auto& [plane, block] = items[i];
     if (decoder.intact(plane, block, plane.source.memory + block * kSumBlock)) return;
     std::lock_guard lock(mutex);
@@ -214,7 +214,7 @@ std::vector<Damage> File::verify(const Options& options) const {
   for (uint32_t task = 0; damage.empty() && task < index_->tasks.size(); ++task) {
     for (uint32_t i = 0; i < index_->tensors.size(); ++i) {
       if (!decoder.is_coded(task, i)) continue;
-      if (options.poll) options.poll();
+      if (options.poll) options.poll("verifying coded planes", task, index_->tasks.size());
       decoder.try_plane(task, i);
     }
   }

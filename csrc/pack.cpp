@@ -41,7 +41,7 @@ class Packer {
       for (uint64_t b = 0; b < moves_[m].blocks.size(); ++b) items.push_back({m, b});
     }
     std::mutex mutex;
-    parallel_for(items.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+    parallel_for(items.size(), options.threads, watch(options, "coding masks"), [&](uint64_t i, unsigned) {
       Move& move = moves_[items[i].move];
       std::string block = code(move, items[i].block);
       std::lock_guard lock(mutex);

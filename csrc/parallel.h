@@ -9,13 +9,18 @@
 #include <thread>
 #include <vector>
 
+#include "tallcodec.h"
+
 namespace tallcodec {
 
+// Who is told how far a loop is, in items, by its calling thread; may throw.
+using Watch = std::function<void(uint64_t done, uint64_t count)>;
+
 // Calls body(item, worker) for every item below `count`; worker < threads. Items start in ascending
-// order. The calling thread is worker 0 and calls poll, if there is one, before each of its items. The
-// first exception, from a body or from poll, stops the loop and is thrown once all threads are done.
+// order. The calling thread is worker 0 and calls watch, if there is one, before each of its items and at the
+// end. The first exception, from a body or from watch, stops the loop and is thrown once all threads are done.
 template <class Body>
-void parallel_for(uint64_t count, unsigned threads, const std::function<void()>& poll, Body body) {
+void parallel_for(uint64_t count, unsigned threads, const Watch& watch, Body body) {
   std::atomic<uint64_t> next{0};
   std::exception_ptr failure;
   std::mutex failing;
@@ -23,7 +28,7 @@ void parallel_for(uint64_t count, unsigned threads, const std::function<void()>&
   auto work = [&](unsigned worker) {
     try {
       for (uint64_t item; (item = next.fetch_add(1)) < count;) {
-        if (worker == 0 && poll) poll();
+        if (worker == 0 && watch) watch(item, count);
         body(item, worker);
       }
     } catch (...) {
@@ -44,6 +49,13 @@ void parallel_for(uint64_t count, unsigned threads, const std::function<void()>&
   work(0);
   for (auto& thread : others) thread.join();
   if (failure) std::rethrow_exception(failure);
+  if (watch && count) watch(count, count);
+}
+
+// The watch that calls options.poll, if there is one, for a loop that does `step`.
+inline Watch watch(const Options& options, const char* step) {
+  if (!options.poll) return nullptr;
+  return [&poll = options.poll, step](uint64_t done, uint64_t count) { poll(step, done, count); };
 }
 
 }  // namespace tallcodec

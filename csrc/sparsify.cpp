@@ -392,7 +392,7 @@ void sparsify_task(Draft& d, uint32_t task, const Options& options) {
       elements += t.elements();
     }
   }
-  parallel_for(candidates.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+  parallel_for(candidates.size(), options.threads, watch(options, "looking at magnitudes"), [&](uint64_t i, unsigned) {
     FloatEnvironment in_this_thread;
     look_at(d, task, candidates[i]);
   });
@@ -410,7 +410,7 @@ void sparsify_task(Draft& d, uint32_t task, const Options& options) {
   std::mutex mutex;
   std::map<uint64_t, std::string> waiting;
   uint64_t next = 0;
-  parallel_for(candidates.size(), options.threads, options.poll, [&](uint64_t i, unsigned) {
+  parallel_for(candidates.size(), options.threads, watch(options, "coding ternary planes"), [&](uint64_t i, unsigned) {
     FloatEnvironment in_this_thread;
     const Candidate& c = candidates[i];
     std::string plane = encode_tensor(d, task, c, d.tensors[c.tensor].entries[task].record);

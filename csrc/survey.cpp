@@ -32,7 +32,7 @@ class Surveyor {
       }
     }
     std::vector<Values> values(workers_);
-    parallel_for(items.size(), options_.threads, options_.poll, [&](uint64_t item, unsigned w) {
+    parallel_for(items.size(), options_.threads, watch(options_, "surveying"), [&](uint64_t item, unsigned w) {
       auto [tensor, first] = items[item];
       const DraftTensor& t = draft_.tensors[tensor];
       const uint64_t end = std::min(first + kUnit, t.elements());

@@ -100,7 +100,8 @@ struct Options {
   bool verify = true;                // check every block of the file that is used against its checksum
   const Loaded* loaded = nullptr;    // planes to use in place of the file's
   const Kernels* kernels = nullptr;  // null: the best this CPU runs
-  std::function<void()> poll;        // called now and then by the calling thread; may throw
+  // Called now and then by the calling thread, with what is being done and how far it is; may throw.
+  std::function<void(const char* step, uint64_t done, uint64_t total)> poll;
   // Decompresses one zstd frame into exactly raw_size bytes, or throws Error(Status::Format). Needed for
   // zstd planes only; called from any thread.
   std::function<void(const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size)> inflate;

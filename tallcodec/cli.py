@@ -11,6 +11,7 @@ from typing import Any
 from . import encoding, merging, numbers
 from . import file as tall
 from .errors import ArgumentError, TallcodecError
+from .progress import bar
 from .stats import stats
 from .version import __version__
 
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal of ASCII alone is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     try:
-        result, text = arguments.run(arguments)
+        with bar() as arguments.progress:
+            result, text = arguments.run(arguments)
     except TallcodecError as error:
         print(f"tallcodec: error: {error}", file=sys.stderr)
         return 1
@@ -142,6 +144,7 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         coding=a.coding,
         metadata=_pairs("--metadata", a.metadata),
         threads=a.threads,
+        progress=a.progress,
         overwrite=a.overwrite,
     )
     return info.to_dict(), str(info)
@@ -155,7 +158,11 @@ def _inspect(a: argparse.Namespace) -> tuple[dict, str]:
 def _decode(a: argparse.Namespace) -> tuple[dict, str]:
     with tall.open(a.path, "np", a.base, threads=a.threads) as file:
         written = file.save(
-            a.task, a.output, max_shard_size=a.max_shard_size, overwrite=a.overwrite
+            a.task,
+            a.output,
+            max_shard_size=a.max_shard_size,
+            overwrite=a.overwrite,
+            progress=a.progress,
         )
     written = [tall.label(path) for path in written]
     return {"task": a.task, "written": written}, "\n".join(written)
@@ -183,7 +190,7 @@ def _stats(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _verify(a: argparse.Namespace) -> tuple[dict, str]:
-    result = tall.verify(a.path, a.base, threads=a.threads)
+    result = tall.verify(a.path, a.base, threads=a.threads, progress=a.progress)
     return result.to_dict(), str(result)
 
 

@@ -20,6 +20,7 @@ from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
 from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
+from .progress import Progress, check_progress
 from .threads import check_threads
 from .thresholds import (
     BITS_GRID,
@@ -61,6 +62,7 @@ def encode(
     coding: str = "auto",
     metadata: Mapping[str, str] | None = None,
     threads: int | None = None,
+    progress: Progress | None = None,
     overwrite: bool = False,
 ) -> FileInfo:
     """Encode fine-tuned checkpoints of one base into one `.tall` file.
@@ -114,6 +116,9 @@ def encode(
     - ``metadata``: strings of your own, kept in the file.
     - ``threads``: default, one per CPU. The file is the same for any number.
 
+    - ``progress``: called as ``progress(step, done, total)`` now and then; what it raises ends the
+      encoding, and nothing is left of it.
+
     Nothing appears at ``output`` before the file is complete, and an existing file is replaced
     only with ``overwrite``. Values are read once, but for those of ternary tasks (two or three
     times), tensors that equal the base's (read to find that out, and not stored) and those with
@@ -146,6 +151,7 @@ def encode(
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
     metadata = _metadata(metadata)
     threads = check_threads(threads)
+    check_progress(progress)
 
     refuse_input_as_output(output, (base, *tasks.values()))
     check_output(output, overwrite)
@@ -154,7 +160,12 @@ def encode(
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
         ternary = [task in sparse for task in tasks]
         family = _Family(
-            base_checkpoint, checkpoints, ternary, numbers.SHARED_DTYPES[shared_dtype], threads
+            base_checkpoint,
+            checkpoints,
+            ternary,
+            numbers.SHARED_DTYPES[shared_dtype],
+            threads,
+            progress,
         )
         recipe = {
             "merge": numbers.MERGES[merge],
@@ -194,6 +205,7 @@ class _Family(NamedTuple):
     ternary: list[bool]  # whether a task is coded so, and not by masks
     shared_dtype: str | None
     threads: int
+    progress: Progress | None
 
     def encode(
         self, file: BinaryIO, name: str, thresholds: Iterable[tuple[str, float]], recipe: dict
@@ -208,7 +220,7 @@ class _Family(NamedTuple):
             encoder.add_task(task, threshold, ternary)
         names = _names(self.base, self.tasks)
         _plan(encoder, names, self, trials)
-        encoder.run(self.threads)
+        encoder.run(self.threads, self.progress)
         _append_verbatim(encoder, names, self.tasks)
         return encoder
 

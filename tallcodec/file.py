@@ -26,6 +26,7 @@ from .errors import (
     TensorNotFoundError,
 )
 from .info import FileInfo, Verification, read_info
+from .progress import Progress, check_progress
 from .threads import check_threads
 
 _DTYPE_NAMES = {number: name for name, number in numbers.DTYPES.items()}
@@ -60,6 +61,7 @@ def verify(
     base: str | os.PathLike | Mapping[str, Any] | None = None,
     *,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
     and, where ``base`` is given, that it is the base the file references.
@@ -68,7 +70,7 @@ def verify(
     BaseMismatchError naming the tensor.
     """
     with File(path, "np", base, threads=threads) as file:
-        return file._verify()
+        return file._verify(check_progress(progress))
 
 
 class File:
@@ -219,11 +221,14 @@ class File:
         *,
         max_shard_size: int | str | None = None,
         overwrite: bool = False,
+        progress: Progress | None = None,
     ) -> list[str]:
         """Decode a task into a checkpoint: a `.safetensors` file, a torch file, or, where the path
         has no such ending, a Hugging Face folder with the task's small files.
 
-        ``max_shard_size`` ("5GB", or bytes) splits a folder's weights. Returns the files written.
+        ``max_shard_size`` ("5GB", or bytes) splits a folder's weights. ``progress`` is called as
+        ``progress("decoding", done, total)``, in bytes; what it raises ends the saving, and nothing
+        is left of it. Returns the files written.
         Raises what :meth:`decode` raises, OutputExistsError, WriteError and ArgumentError.
         """
         number = self._number(task)
@@ -231,10 +236,17 @@ class File:
         ids = {name: self._file.find_tensor(name) for name in self._names(number)}
         specs = {name: self._info(number, tensor)[:2] for name, tensor in ids.items()}
 
+        check_progress(progress)
+        total, done = sum(self._info(number, tensor)[2] for tensor in ids.values()), 0
+
         def fill(buffers: Mapping[str, Any]) -> None:
+            nonlocal done
             self._decode(
                 number, [(ids[name], buffer.ctypes.data) for name, buffer in buffers.items()]
             )
+            done += sum(buffer.nbytes for buffer in buffers.values())
+            if progress is not None:
+                progress("decoding", done, total)
 
         written = write_checkpoint(
             path,
@@ -375,9 +387,9 @@ class File:
             )
         return found.fd, found.offset
 
-    def _verify(self) -> Verification:
+    def _verify(self, progress: Progress | None) -> Verification:
         file = self._file
-        damaged = file.verify(self._threads)
+        damaged = file.verify(self._threads, progress)
         if damaged:
             what = "; ".join(file.describe(plane) for plane in sorted({p for p, _ in damaged}))
             raise ChecksumError(f"{self._label}: damaged, wrong checksums in: {what}")

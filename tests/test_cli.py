@@ -124,8 +124,9 @@ def options_of(command):
 def test_options_bear_the_names_of_pythons_arguments():
     encode = inspect.signature(tallcodec.encode).parameters
     options = options_of("encode")
-    # Searches for λ or bits call a function, which the command line cannot give.
-    assert encode.keys() - options.keys() == {"tasks", "target", "score", "grid", "out"}
+    # Searches for λ or bits, and progress, call a function, which the command line cannot give.
+    functions = {"target", "score", "grid", "out", "progress"}
+    assert encode.keys() - options.keys() == functions | {"tasks"}
     assert "task" in options
     assert options.keys() - encode.keys() == {"help", "json", "task"}
     choices = ("merge", "bits", "density", "scale", "shared_dtype", "base_storage")
