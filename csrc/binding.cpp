@@ -2,6 +2,8 @@
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdlib>
@@ -312,6 +314,14 @@ PYBIND11_MODULE(_core, m) {
     Source x = source(a), y = source(b);
     py::gil_scoped_release release;
     return same_bytes(x, y, size);
+  });
+  m.def("advise_huge", [](uintptr_t address, uint64_t size) {
+    // Only a hint, and of whole pages: what the kernel makes of it is its own affair.
+    const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + size) / page * page;
+#ifdef MADV_HUGEPAGE
+    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
   });
   m.def("read_source", [](const py::object& from, uint64_t size) {
     std::vector<uint8_t> buffer;

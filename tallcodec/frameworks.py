@@ -4,8 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from .checkpoint import DTYPES, dtype_name, torch_dtype
 from .errors import ArgumentError, TensorMismatchError
+
+# From how many bytes on new memory is asked for in huge pages, as NumPy does of itself: page by page
+# it takes longer to come than to be decoded into.
+_HUGE = 4 << 20
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
 
@@ -33,6 +38,8 @@ def empty(framework: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, int]
     import torch
 
     tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
+    if tensor.nbytes >= _HUGE:
+        _core.advise_huge(tensor.data_ptr(), tensor.nbytes)
     return tensor, tensor.data_ptr()
 
 
