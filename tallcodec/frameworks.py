@@ -8,7 +8,7 @@ from . import _core
 from .checkpoint import DTYPES, dtype_name, torch_dtype
 from .errors import ArgumentError, TensorMismatchError
 
-# From how many bytes on new memory is asked for in huge pages, as NumPy does of itself: page by page
+# New memory of as many bytes is asked for in huge pages, as NumPy does of itself: page by page
 # it takes longer to come than to be decoded into.
 _HUGE = 4 << 20
 
