@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,22 @@ from .checkpoint import DTYPES, TORCH_SUFFIXES, is_side_file, torch_dtype
 from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
-Fill = Callable[[dict[str, np.ndarray]], None]
+
+
+class Part(NamedTuple):
+    """Memory for a tensor's bytes from number ``begin`` on: a uint8 array, C-contiguous."""
+
+    name: str
+    begin: int
+    memory: np.ndarray
+
+    def request(self, dtype: str) -> tuple[int, int, int]:
+        """Where it lies, its first element and how many it has, of a tensor of this dtype."""
+        size = DTYPES[dtype].itemsize
+        return self.memory.ctypes.data, self.begin // size, self.memory.nbytes // size
+
+
+Fill = Callable[[list[Part]], None]
 
 _BATCH_BYTES = 64 << 20
 _UNITS = {
@@ -51,8 +66,9 @@ def write_checkpoint(
     ending, one that ends with a slash, and an existing folder are a Hugging Face folder.
 
     ``specs`` maps each tensor's name to its safetensors dtype and its shape. ``fill`` is called
-    with batches of them, name -> uint8 array of shape ``(nbytes,)``, C-contiguous, valid during
-    the call, and must fill every byte; a batch has at most 64 MiB, or one larger tensor.
+    with lists of parts of them, in all every byte once, and must fill their memory, which is valid
+    during the call: at most 64 MiB, cut at multiples of that where a tensor is larger (a torch
+    file's in one list, uncut).
     ``metadata`` goes into safetensors' ``__metadata__`` (a folder's says ``format: pt`` if nothing
     else, since transformers demands it). ``files`` are a folder's side files; other kinds have no
     place for them. ``max_shard_size`` ("5GB", or bytes) splits a folder's weights into shards.
@@ -145,25 +161,31 @@ def _write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
 
-    batches = list(_batches(names, specs))
-    largest = max((sum(_nbytes(specs[name]) for name in batch) for batch in batches), default=0)
-    memory = np.empty(largest, np.uint8)
-    for batch in batches:
-        ends = list(itertools.accumulate(_nbytes(specs[name]) for name in batch))
-        starts = [0, *ends]
-        fill({name: memory[a:b] for name, a, b in zip(batch, starts, ends)})
+    memory = np.empty(min(end, _BATCH_BYTES), np.uint8)
+    for batch in _batches(names, specs):
+        ends = list(itertools.accumulate(size for _, _, size in batch))
+        parts = [Part(name, begin, memory[to - size : to])
+                 for (name, begin, size), to in zip(batch, ends)]  # fmt: skip
+        fill(parts)
         file.write(memory[: ends[-1]])
 
 
-def _batches(names: list[str], specs: Specs) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
+def _batches(names: list[str], specs: Specs) -> Iterator[list[tuple[str, int, int]]]:
+    """Lists of (name, first byte, bytes): whole tensors, or a piece of one that is too large."""
+    batch: list[tuple[str, int, int]] = []
+    room = _BATCH_BYTES
     for name in names:
-        size += _nbytes(specs[name])
-        if batch and size > _BATCH_BYTES:
+        size = _nbytes(specs[name])
+        if batch and size > room:
             yield batch
-            batch, size = [], _nbytes(specs[name])
-        batch.append(name)
+            batch, room = [], _BATCH_BYTES
+        for begin in range(0, size, _BATCH_BYTES) if size > room else (0,):
+            piece = min(size - begin, _BATCH_BYTES)
+            batch.append((name, begin, piece))
+            room -= piece
+            if begin + piece < size:
+                yield batch
+                batch, room = [], _BATCH_BYTES
     if batch:
         yield batch
 
@@ -179,7 +201,7 @@ def _write_torch(file: BinaryIO, specs: Specs, fill: Fill) -> None:
         name: torch.empty(_nbytes(spec), dtype=torch.uint8, device="cpu")
         for name, spec in specs.items()
     }
-    fill({name: memory.numpy() for name, memory in memories.items()})
+    fill([Part(name, 0, memory.numpy()) for name, memory in memories.items()])
     state_dict = {
         name: memory.view(torch_dtype(specs[name][0])).reshape(specs[name][1])
         for name, memory in memories.items()

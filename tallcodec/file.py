@@ -14,7 +14,7 @@ import zstandard
 
 from . import _core, frameworks, numbers
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
-from .checkpoint_write import write_checkpoint
+from .checkpoint_write import Part, write_checkpoint
 from .errors import (
     ArgumentError,
     BaseMismatchError,
@@ -107,6 +107,7 @@ class File:
         except OSError as error:
             message = f"{self._label}: cannot be read: {error.strerror}"
             raise ReadError(error.errno, message) from error
+        self._map = data or None
         self._core = _core.File(self._label, data)
         if base is not None:
             self._base = open_checkpoint(base)
@@ -239,12 +240,11 @@ class File:
         check_progress(progress)
         total, done = sum(self._info(number, tensor)[2] for tensor in ids.values()), 0
 
-        def fill(buffers: Mapping[str, Any]) -> None:
+        def fill(parts: list[Part]) -> None:
             nonlocal done
-            self._decode(
-                number, [(ids[name], buffer.ctypes.data) for name, buffer in buffers.items()]
-            )
-            done += sum(buffer.nbytes for buffer in buffers.values())
+            self._decode(number, [(ids[p.name], *p.request(specs[p.name][0])) for p in parts])
+            self._unmap()
+            done += sum(part.memory.nbytes for part in parts)
             if progress is not None:
                 progress("decoding", done, total)
 
@@ -274,7 +274,7 @@ class File:
             raise ReadError(errno.EIO, message)
 
     def close(self) -> None:
-        self._core = self._base = None
+        self._core = self._base = self._map = None
 
     def __enter__(self) -> "File":
         return self
@@ -360,6 +360,11 @@ class File:
         base, file = self._base, self._file  # in this order, see close; kept until this is done
         requests = self._with_base(number, requests, base)
         file.decode(requests, self._threads, self._check and not loaded, _inflate, loaded)
+
+    def _unmap(self) -> None:
+        """Let go of the pages of the file that were read; they stay in the page cache."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _with_base(
         self, number: int, requests: list[tuple[int, ...]], base: Checkpoint | None

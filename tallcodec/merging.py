@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _core, frameworks, numbers
 from .checkpoint import refuse_input_as_output
-from .checkpoint_write import check_output, write_checkpoint
+from .checkpoint_write import Part, check_output, write_checkpoint
 from .encoding import encode
 from .errors import ArgumentError, WriteError
 from .file import File
@@ -153,7 +153,7 @@ def merge(
         written = write_checkpoint(
             output,
             merger.specs,
-            lambda buffers: merger.fill([(n, b.ctypes.data) for n, b in buffers.items()], alpha),
+            lambda parts: merger.fill(map(merger.part, parts), alpha),
             metadata=file.metadata(),
             files=file.files(),
             max_shard_size=max_shard_size,
@@ -297,15 +297,21 @@ class _Merger:
         state = {name: tensor for name, (tensor, _) in made.items()}
         return state, [(name, pointer) for name, (_, pointer) in made.items()]
 
-    def fill(self, buffers: Iterable[tuple[str, int]], scale: float) -> None:
-        """Merge the named tensors into the memory at these addresses."""
+    def part(self, part: Part) -> tuple:
+        """A part of a tensor as :meth:`fill` takes it."""
+        return (part.name, *part.request(self.specs[part.name][0]))
+
+    def fill(self, buffers: Iterable[tuple], scale: float) -> None:
+        """Merge the named tensors into the memory at these addresses, or of parts of them their
+        first element and how many they have."""
         file, base = self._file, self._file._base
         requests = []
-        for name, pointer in buffers:
+        for name, pointer, *part in buffers:
             tensor = self._tensors[name]
             source = file._base_tensor(_core.NONE, tensor, base)
-            requests.append((_core.NONE, tensor, pointer, source))
+            requests.append((_core.NONE, tensor, pointer, source, *part))
         file._file.merge(requests, self._min_tasks, scale, file._threads, file._check)
+        file._unmap()
 
     def info(self, scale: float, scores: dict[float, float], written: list[str]) -> MergeInfo:
         core, tasks = self._file._file, self._file.tasks

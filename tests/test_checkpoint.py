@@ -546,7 +546,7 @@ from tallcodec.checkpoint_write import write_checkpoint
 with open_checkpoint(sys.argv[1]) as c, open_checkpoint({"a": np.frombuffer(b"abc", "u1")}) as m:
     assert c.tensors["a"].read().tobytes() == m.tensors["a"].read().tobytes() == b"abc"
 for path in (sys.argv[1] + ".safetensors", sys.argv[1] + "-folder"):
-    write_checkpoint(path, {"a": ("U8", (3,))}, lambda buffers: buffers["a"].fill(1))
+    write_checkpoint(path, {"a": ("U8", (3,))}, lambda parts: parts[0].memory.fill(1))
 for action in (lambda: open_checkpoint(__file__), lambda: write_checkpoint("a.pt", {}, None)):
     try:
         action()

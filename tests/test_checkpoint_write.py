@@ -14,7 +14,7 @@ import pytest
 
 from helpers import contents, every_dtype, expected, names_in, torch_bytes
 from tallcodec.checkpoint import DTYPES, dtype_name, open_checkpoint
-from tallcodec.checkpoint_write import atomic_file, parse_size, write_checkpoint
+from tallcodec.checkpoint_write import Part, atomic_file, parse_size, write_checkpoint
 from tallcodec.errors import ArgumentError, OutputExistsError, ReadError, WriteError
 
 torch = pytest.importorskip("torch")
@@ -32,11 +32,11 @@ def write(path, state_dict, **options):
     source = {name: torch_bytes(tensor) for name, tensor in state_dict.items()}
     batches = []
 
-    def fill(buffers):
-        batches.append(sum(len(buffer) for buffer in buffers.values()))
-        for name, buffer in buffers.items():
-            assert buffer.dtype == np.uint8 and buffer.ndim == 1 and buffer.flags.c_contiguous
-            buffer[:] = np.frombuffer(source[name], np.uint8)
+    def fill(parts):
+        batches.append(sum(len(part.memory) for part in parts))
+        for name, begin, memory in parts:
+            assert memory.dtype == np.uint8 and memory.ndim == 1 and memory.flags.c_contiguous
+            memory[:] = np.frombuffer(source[name], np.uint8)[begin : begin + len(memory)]
 
     specs = {n: (dtype_name(t.dtype), tuple(t.shape)) for n, t in state_dict.items()}
     return write_checkpoint(path, specs, fill, **options), batches
@@ -82,22 +82,29 @@ def test_same_input_same_bytes(tmp_path, state_dict, name):
 
 def test_batches_bound_memory(tmp_path):
     mebibyte = 1 << 20
-    sizes = {"a": 40, "b": 30, "c": 70, "d": 34, "e": 30, "f": 1}
-    specs = {name: ("U8", (size, mebibyte)) for name, size in sizes.items()}
+    sizes = {"a": 40, "b": 30, "c": 150, "d": 34, "e": 30, "empty": 0, "f": 1}
+    specs = {name: ("I16", (size, mebibyte // 2)) for name, size in sizes.items()}
     batches = []
 
-    def fill(buffers):
-        batches.append({name: len(buffer) // mebibyte for name, buffer in buffers.items()})
-        for name, buffer in buffers.items():
-            buffer[:] = ord(name)
+    def fill(parts):
+        batches.append([(p.name, p.begin // mebibyte, len(p.memory) // mebibyte) for p in parts])
+        for name, begin, memory in parts:
+            memory[:] = ord(name[0]) + begin // (64 * mebibyte)
+            pointer, first, elements = Part(name, begin, memory).request("I16")
+            assert pointer == memory.ctypes.data
+            assert (first, elements) == (begin // 2, len(memory) // 2)
 
     path = tmp_path / "a.safetensors"
     write_checkpoint(path, specs, fill)
-    assert batches == [{"a": 40}, {"b": 30}, {"c": 70}, {"d": 34, "e": 30}, {"f": 1}]
+    assert batches == [
+        [("a", 0, 40)], [("b", 0, 30)], [("c", 0, 64)], [("c", 64, 64)],
+        [("c", 128, 22), ("d", 0, 34)], [("e", 0, 30), ("empty", 0, 0), ("f", 0, 1)],
+    ]  # fmt: skip
     with open_checkpoint(path) as checkpoint:
-        for name in "abcdef":
-            data = checkpoint.tensors[name].read()
-            assert len(data) == sizes[name] * mebibyte and (data == ord(name)).all()
+        for name, size in sizes.items():
+            data = checkpoint.tensors[name].read().reshape(-1)
+            pieces = np.arange(size * mebibyte) // (64 * mebibyte)
+            assert len(data) == size * mebibyte and (data == ord(name[0]) + pieces).all()
 
 
 def test_shards_respect_their_size(tmp_path):
@@ -144,7 +151,7 @@ def test_arguments_that_no_output_takes(tmp_path, name):
         write(tmp_path / name, {"a": torch.ones(1)}, max_shard_size="5GB")
     for specs in ({"a": ("X8", (1,))}, {"__metadata__": ("U8", (1,))}):
         with pytest.raises(ArgumentError, match="X8|__metadata__"):
-            write_checkpoint(tmp_path / name, specs, lambda buffers: None)
+            write_checkpoint(tmp_path / name, specs, lambda parts: None)
     for side_file in ("../config.json", "/etc/x.json", "evil.py", "model.safetensors.index.json"):
         with pytest.raises(ArgumentError, match="side file"):
             write(tmp_path / "folder", {"a": torch.ones(1)}, files={side_file: b""})
@@ -247,7 +254,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, can_link):
 def test_folder_that_appears_meanwhile_is_kept(tmp_path):
     target = tmp_path / "folder"
 
-    def fill(buffers):
+    def fill(parts):
         target.mkdir()
         (target / "theirs").touch()
 
@@ -257,7 +264,7 @@ def test_folder_that_appears_meanwhile_is_kept(tmp_path):
 
 
 def test_file_that_appears_in_an_empty_folder_is_kept(tmp_path):
-    def fill(buffers):
+    def fill(parts):
         (tmp_path / "config.json").write_bytes(b"theirs")
 
     with pytest.raises(OutputExistsError, match="config.json"):
@@ -301,7 +308,7 @@ def test_output_that_is_no_file_is_refused(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ReadError])
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "folder"])
 def test_failed_fill_changes_nothing(tmp_path, name, error):
-    def fill(buffers):
+    def fill(parts):
         raise error("no")
 
     specs = {"a": ("U8", (1,))}
@@ -335,7 +342,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 path = sys.argv[1]
 try:
     write_checkpoint(
-        path, {"a": ("U8", (1_000_000,))}, lambda buffers: buffers["a"].fill(1), overwrite=True
+        path, {"a": ("U8", (1_000_000,))}, lambda parts: parts[0].memory.fill(1), overwrite=True
     )
 except WriteError as error:
     print(error.errno, error.filename == path, path in str(error))
