@@ -1,7 +1,7 @@
 """Ray Serve: the tasks of one `.tall` file as multiplexed models of one live model.
 
     tallcodec encode --base bert/ --task cars=cars/ --task dtd=dtd/ -o bert.tall
-    TALL=bert.tall serve run examples.ray_serve:app
+    cd examples && TALL=../bert.tall serve run ray_serve:app
     curl -H "serve_multiplexed_model_id: cars" --json '{"input_ids": [[101, 102]]}' localhost:8000
 
 A replica has one model and the packed planes of the tasks it was asked for lately; Serve sends a

@@ -5,7 +5,16 @@
         state_dict = f.decode("cars")
 """
 
-from . import errors, hf
+import importlib
+
+try:
+    from . import _core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "tallcodec's extension is not here. Its source folder shadows an installed package: run "
+        "from another folder, or `pip install -e .`"
+    ) from error
+from . import errors, hf, vllm
 from .encoding import encode
 from .errors import TallcodecError
 from .file import File, Loaded, open, verify
@@ -15,8 +24,15 @@ from .stats import FileStats, stats
 from .switcher import Switcher, SwitchMetrics
 from .version import __version__
 
+
+def __getattr__(name: str):
+    if name == "dcp":  # which imports PyTorch
+        return importlib.import_module(".dcp", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics", "Switcher",
     "TallcodecError", "TaskInfo", "Verification", "__version__", "encode", "errors", "hf", "merge",
-    "open", "stats", "verify",
+    "open", "stats", "verify", "vllm",
 ]  # fmt: skip

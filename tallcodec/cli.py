@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", action="append", metavar="[NAME=]METHOD",
                      help=f"how tasks are coded, all or one (others: tall): "
                      f"{', '.join(encoding.METHODS)} (default: tall)")  # fmt: skip
-    sub.add_argument("--bits", type=float,
-                     help="bits per parameter and task of ternary planes "
+    sub.add_argument("--bits", action="append", metavar="[NAME=]NUMBER",
+                     help="bits per parameter of ternary planes, of all tasks or of one "
                      f"(default: {encoding.BITS})")  # fmt: skip
     sub.add_argument("--density", type=float,
                      help="the share of each task vector that ties and magnitude masks keep "
@@ -136,7 +136,7 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         merge=a.merge,
         threshold=_threshold(a.threshold or ["auto"], tasks),
         method=_per_task("--method", a.method or ["tall"], tasks, "tall", str),
-        bits=a.bits,
+        bits=_bits(a.bits, tasks),
         density=a.density,
         scale=a.scale,
         shared_dtype=a.shared_dtype,
@@ -219,6 +219,15 @@ def _threshold(values: Sequence[str], tasks: dict[str, str]) -> str | float | di
             f"--threshold must be {what}: {error} (a search is for Python: it needs a function)"
             if "search" in values else f"--threshold must be {what}: {error}"
         ) from error
+
+
+def _bits(values: Sequence[str] | None, tasks: dict[str, str]) -> Any:
+    try:
+        return values and _per_task("--bits", values, tasks, encoding.BITS, float)
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        raise ArgumentError(f"--bits must be a number or NAME=NUMBER: {error}") from error
 
 
 def _per_task(

@@ -31,9 +31,10 @@ class Reader(StorageReader):
     """Reads a task, or the base (None), in place: whole tensors, and rows of those whose shards are
     cut along dimension 0, are decoded into the caller's memory; other shards beside it, and copied.
 
-    ``file`` is a path, opened with ``base`` as in :func:`tallcodec.open` when reading begins, or an
-    open :class:`tallcodec.File`. Every rank opens its own. What goes wrong is said by the
-    CheckpointException in which torch wraps it.
+    ``file`` is a path, opened with ``base`` as in :func:`tallcodec.open`, or an open
+    :class:`tallcodec.File`. Every rank opens its own. Raises what opening raises, and
+    TaskNotFoundError; what goes wrong in reading is said by the CheckpointException in which torch
+    wraps it.
     """
 
     def __init__(
@@ -43,12 +44,13 @@ class Reader(StorageReader):
         base: str | os.PathLike | Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self._given, self._task, self._base = file, task, base
-        self._file: File | None = file if isinstance(file, File) else None
+        self._task, self._base = task, base
+        self._file = file if isinstance(file, File) else open_file(file, "pt", base)
+        self._file._number(task)
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         if checkpoint_id:
-            self._given, self._file = checkpoint_id, None
+            self._file = open_file(checkpoint_id, "pt", self._base)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -56,7 +58,7 @@ class Reader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """One chunk per tensor."""
-        file = self._open()
+        file = self._file
         number, tensors = file._number(self._task), {}
         for name in file._names(number):
             dtype, shape, _ = file._info(number, file._tensor(name))
@@ -71,7 +73,7 @@ class Reader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        self._open()
+        pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -88,17 +90,12 @@ class Reader(StorageReader):
             else:
                 self._read_part(item, target)
                 planner.commit_tensor(item, target)
-        self._open().decode(self._task, whole, {name: t for name, (_, t) in whole.items()})
+        self._file.decode(self._task, whole, {name: t for name, (_, t) in whole.items()})
         for item, target in whole.values():
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _open(self) -> File:
-        if self._file is None:
-            self._file = open_file(self._given, "pt", self._base)
-        return self._file
 
     def _is_whole(self, item: ReadItem, target: torch.Tensor) -> bool:
         dtype, shape = self._spec(item)
@@ -110,7 +107,7 @@ class Reader(StorageReader):
         )
 
     def _read_part(self, item: ReadItem, target: torch.Tensor) -> None:
-        file, name = self._open(), item.storage_index.fqn
+        file, name = self._file, item.storage_index.fqn
         dtype, shape = self._spec(item)
         offsets, lengths = tuple(item.storage_offsets), tuple(item.lengths)
         if not shape:
@@ -128,6 +125,6 @@ class Reader(StorageReader):
             file.decode_rows(self._task, name, *rows, target)
 
     def _spec(self, item: ReadItem) -> tuple[str, tuple[int, ...]]:
-        file = self._open()
+        file = self._file
         number = file._number(self._task)
         return file._info(number, file._tensor(item.storage_index.fqn))[:2]

@@ -146,6 +146,8 @@ def encode(
     thresholds = {} if searched == masked else _thresholds(threshold, masked, tasks)
     shares_density = merge == "ties" or mask_method == "magnitude"
     thresholds |= {} if targets else _bits(bits, density, sparse, tasks, shares_density)
+    if density is not None and not (shares_density or sparse):
+        raise ArgumentError('density is for merge "ties", method "magnitude" and "ternary"')
     density = DENSITY if density is None else density
     if not _is_number(density) or not 0 < density <= 1:
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")

@@ -106,6 +106,8 @@ class File:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
         except OSError as error:
             message = f"{self._label}: cannot be read: {error.strerror}"
+            if error.errno == errno.EISDIR:
+                message += "; is it a checkpoint? `tallcodec encode` makes .tall files of those"
             raise ReadError(error.errno, message) from error
         self._map = data or None
         self._core = _core.File(self._label, data)

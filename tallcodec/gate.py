@@ -52,7 +52,8 @@ class Gate:
             if me in self._users:
                 raise SwitchError(
                     "this thread is in the middle of a forward pass, or in the block of another "
-                    "task: the model cannot be switched under it"
+                    "task: the model cannot be switched under it (in asynchronous code: no await "
+                    "within a block, or blocks in threads)"
                 )
             self._waiting += 1
             try:

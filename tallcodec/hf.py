@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ def from_pretrained(
     Raises ArgumentError where there is no configuration, what :func:`tallcodec.open` and
     :meth:`File.decode` raise, and what transformers does.
     """
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:
+        raise ArgumentError("this needs transformers: install it") from error
     if not isinstance(file, File):
         with open_file(file, "pt", base) as opened:
             return from_pretrained(opened, task, cls, **options)
@@ -51,6 +53,11 @@ def from_pretrained(
                 raise ArgumentError(
                     f"the configuration names no model class of transformers ({named!r}): pass cls"
                 )
+        mapping = getattr(cls, "_model_mapping", None)  # an Auto class, which wants a path
+        if mapping is not None:
+            if type(config) not in mapping:
+                raise ArgumentError(f"{cls.__name__} has no class for a {config.model_type!r}")
+            cls = mapping[type(config)]
         state = file.state_dict(task)
         model = cls.from_pretrained(None, config=config, state_dict=state, **options)
         if "generation_config.json" in files and model.can_generate():
@@ -58,16 +65,29 @@ def from_pretrained(
         return model
 
 
-def targets(model: Any) -> dict[str, Any]:
+def targets(model: Any, names: Collection[str] = ()) -> dict[str, Any]:
     """The memory of a transformers model by the names that its checkpoints use: tensors that share
     it, of renamed parameters, and views of parameters that are several tensors of a checkpoint in
-    one (experts, joined projections), wherever those lie in them.
+    one (experts, joined projections), wherever those lie in them. Where ``names``, a file's, have
+    the prefix of the base model that the model's lack (``bert.``), or the other way about, it is
+    added or left out, as transformers does on loading.
 
     Raises SwitchError where the elements of a checkpoint's tensor lie in no regular order.
     """
+    state = model.state_dict()
+    return _with_prefix(_parts(model, state), f"{model.base_model_prefix}.", names)
+
+
+def _with_prefix(found: dict[str, Any], prefix: str, names: Collection[str]) -> dict[str, Any]:
+    added = {prefix + name: tensor for name, tensor in found.items()}
+    bare = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return max((found, added, bare), key=lambda named: len(named.keys() & set(names)))
+
+
+def _parts(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a model's checkpoint, in its memory."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = model.state_dict()
     named = revert_weight_conversion(model, state)
     owners = {t.untyped_storage().data_ptr() for t in state.values()}
     result = {n: t for n, t in named.items() if t.untyped_storage().data_ptr() in owners}

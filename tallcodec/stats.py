@@ -145,6 +145,8 @@ class FileStats:
 
     def __str__(self) -> str:
         trained, tasks = self.trained, self.tasks
+        if not trained.elements:
+            return f"{self.path}: {len(tasks)} tasks, none of them has masks"
         lines = [
             f"{self.path}: {len(tasks)} tasks, {trained.elements:,} of {self.parameters:,} "
             f"parameters trained, {trained.dont_cares:,} don't-cares among them",

@@ -52,14 +52,16 @@ class Switcher:
     value is computed from the base. Only tensors that either task changes are written. For
     inference: autograd is not told, and keeps no version of what it had.
 
-    - ``model``: an ``nn.Module``, or a mapping from the file's tensor names to the tensors to be
-      switched, where names differ. Those of transformers' models are their checkpoints' (see
-      :func:`tallcodec.hf.targets`). Tensors that are not contiguous memory of the CPU are decoded
-      beside and copied.
+    - ``model``: an ``nn.Module`` (or what torch.compile or DataParallel makes of one), or a mapping
+      from the file's tensor names to the tensors to be switched, where names differ. Those of
+      transformers' models are their checkpoints' (see :func:`tallcodec.hf.targets`). Tensors that
+      are not contiguous memory of the CPU are decoded beside and copied. Whoever else writes to
+      them, another Switcher too, is not noticed.
     - ``file``: a path, or an open :class:`File`, which stays open. ``base``: as in :func:`open`.
     - ``task``: what the model is put on at once; None is the base.
     - ``strict``: the model and each task have the same tensors. Otherwise what only one of them has
-      is left alone; dtypes and shapes have to agree all the same.
+      is left alone; dtypes and shapes have to agree all the same. A head that is another in every
+      task is left out with a mapping that lacks it.
     - ``budget``: bytes of planes that are kept in memory for tasks that the model is not on, the
       least recently used going first; None keeps all. A TALL task takes one bit per parameter, a
       ternary one two. Base and shared vector are used in the file's mapping.
@@ -80,6 +82,13 @@ class Switcher:
         budget: int | None = None,
         guard: bool = True,
     ):
+        model = _unwrapped(model)
+        if not isinstance(model, Mapping) and not hasattr(model, "state_dict"):
+            raise ArgumentError(
+                f"model must be an nn.Module or a mapping of tensors, not {model!r}"
+            )
+        if not isinstance(file, (str, os.PathLike, File)):
+            raise ArgumentError(f"file must be a path or a File, not a {type(file).__name__}")
         if isinstance(file, File) and base is not None:
             raise ArgumentError("base is for a path: open the file with its base")
         self._gate = Gate()
@@ -106,7 +115,7 @@ class Switcher:
                 self._put(task)
             self._home = task
             if guard and not isinstance(model, Mapping):
-                self._watch(model)
+                self._hooks = _watch(model, self._gate)
             on_error.pop_all()
 
     @property
@@ -122,7 +131,7 @@ class Switcher:
     @property
     def metrics(self) -> SwitchMetrics:
         """What has been done so far."""
-        tasks, size, evictions = self._cache.size()
+        tasks, size, evictions = self._cache.size()  # the base has no planes of its own
         return replace(
             self._metrics, resident_tasks=tasks, resident_bytes=size, evictions=evictions
         )
@@ -213,10 +222,10 @@ class Switcher:
         """Write what differs. Called alone with the model."""
         start = time.perf_counter()
         self._plan.check(task)
+        self._plan.check_memory()
         if self._held is not None and task == self._current:
             return
         loaded, hit = self._load(task)
-        self._plan.check_memory()
         names = self._plan.names(task, self._held)
         self._file.check_unchanged()
         try:
@@ -266,25 +275,44 @@ class Switcher:
             self._cache.put(task, loaded)
             return loaded, False
 
-    def _watch(self, module: Any) -> None:
-        """Let forward passes count as use."""
-        import torch
 
-        passes, compiling = threading.local(), torch.compiler.is_compiling
-        gate = self._gate
+class _Hook:
+    """A hook of a watched module. A copy of the module is not watched."""
 
-        def begin(*_: Any) -> None:
-            if not compiling():
-                gate.enter()
-                passes.within = getattr(passes, "within", 0) + 1
+    def __init__(self, run: Any):
+        self._run = run
 
-        def end(*_: Any) -> None:
-            if not compiling() and getattr(passes, "within", 0):
-                passes.within -= 1
-                gate.leave()
+    def __call__(self, *arguments: Any) -> None:
+        self._run()
 
-        self._hooks.append(module.register_forward_pre_hook(begin, prepend=True))
-        self._hooks.append(module.register_forward_hook(end, always_call=True))
+    def __reduce__(self):
+        return _Hook, (_nothing,)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _watch(module: Any, gate: Gate) -> list[Any]:
+    """Hooks by which forward passes count as use."""
+    import torch
+
+    passes, compiling = threading.local(), torch.compiler.is_compiling
+
+    def begin() -> None:
+        if not compiling():
+            gate.enter()
+            passes.within = getattr(passes, "within", 0) + 1
+
+    def end() -> None:
+        if not compiling() and getattr(passes, "within", 0):
+            passes.within -= 1
+            gate.leave()
+
+    return [
+        module.register_forward_pre_hook(_Hook(begin), prepend=True),
+        module.register_forward_hook(_Hook(end), always_call=True),
+    ]
 
 
 class _Cache:
@@ -330,7 +358,8 @@ class _Cache:
 
     def size(self) -> tuple[int, int, int]:
         with self._lock:
-            return len(self._tasks), sum(t.nbytes for t in self._tasks.values()), self._evictions
+            sizes = [loaded.nbytes for task, loaded in self._tasks.items() if task is not None]
+            return len(sizes), sum(sizes), self._evictions
 
 
 class _Plan:
@@ -340,10 +369,15 @@ class _Plan:
         self._file = file
         self._model = model
         self._strict = strict
-        self._targets = _targets(model)
+        self._in_file = set(file.tensors)
+        self._targets = _targets(model, self._in_file)
+        if not self._in_file & self._targets.keys():
+            raise TensorMismatchError(
+                f"none of the model's tensors ({_count('in all', list(map(repr, self._targets)))}) "
+                f"is in the file ({_count('in all', list(map(repr, file.tensors)))})"
+            )
         self._pointers = {name: t.data_ptr() for name, t in self._targets.items()}
         self._memory = _addresses(model)
-        self._in_file = set(file.tensors)
         self._beside = {name for name, t in self._targets.items() if frameworks.flaw(t)}
         self._checked: set[str | None] = set()
         self._changes: dict[str, set[str]] = {}
@@ -373,7 +407,11 @@ class _Plan:
         flaws = [_count(what, which) for what, which in found.items() if which]
         if flaws:
             owner = "the base" if task is None else f"task {task!r}"
-            raise TensorMismatchError(f"the model does not fit {owner}: {'; '.join(flaws)}")
+            raise TensorMismatchError(
+                f"the model does not fit {owner}: {'; '.join(flaws)}. Load the model in the "
+                "file's dtypes; leave out tensors of other shapes with a mapping that lacks them, "
+                "and what only one side has with strict=False"
+            )
         self._checked.add(task)
 
     def check_memory(self) -> None:
@@ -460,12 +498,24 @@ def _addresses(model: Any) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in _state(model).items()}
 
 
-def _targets(model: Any) -> dict[str, Any]:
+def _targets(model: Any, names: set[str]) -> dict[str, Any]:
     """The tensors of a model by a file's names: the memory that is switched."""
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        return hf.targets(model)
+        return hf.targets(model, names)
     return _state(model)
+
+
+def _unwrapped(model: Any) -> Any:
+    """What torch.compile or DataParallel wraps: the same memory, under the names of checkpoints."""
+    while True:
+        wrapper = type(model).__name__
+        if wrapper == "OptimizedModule":
+            model = model._orig_mod
+        elif wrapper in ("DataParallel", "DistributedDataParallel"):
+            model = model.module
+        else:
+            return model
 
 
 def _count(what: str, which: list[str]) -> str:

@@ -17,7 +17,7 @@ BITS_GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3)  # of ternary planes
 def check_threshold(value: Any) -> float:
     """λ as a float. Raises ArgumentError where it is not a number of at least 0."""
     try:
-        number = math.nan if isinstance(value, str) else float(value)
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < 2.0**127:  # a float32 in the file

@@ -121,6 +121,25 @@ def options_of(command):
     return {action.dest: action for action in sub._actions}
 
 
+def test_bits_of_all_tasks_or_of_one(checkpoints, tmp_path, capsys):
+    def encode(*bits):
+        options = [f"--task={name}={checkpoints / checkpoint}"
+                   for name, checkpoint in (("a", "cars.safetensors"), ("b", "dtd"))]  # fmt: skip
+        return main(["encode", "--base", str(checkpoints / "base.safetensors"), *options,
+                     "-o", str(tmp_path / "x.tall"), "--overwrite", "--method", "ternary",
+                     *bits])  # fmt: skip
+
+    assert encode("--bits", "2") == 0
+    assert [t.threshold for t in tallcodec.open(tmp_path / "x.tall").info.tasks] == [2, 2]
+    assert encode("--bits", "a=2", "--bits", "3") == 0
+    assert [t.threshold for t in tallcodec.open(tmp_path / "x.tall").info.tasks] == [2, 3]
+    capsys.readouterr()
+    wrong = {"a=much": "--bits must be a number or NAME=NUMBER", "c=2": "unknown: ['c']"}
+    for bits, message in wrong.items():
+        assert encode("--bits", bits) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_options_bear_the_names_of_pythons_arguments():
     encode = inspect.signature(tallcodec.encode).parameters
     options = options_of("encode")

@@ -110,6 +110,46 @@ def test_switching_is_exact_and_in_place(family, made):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
 
 
+def test_auto_classes_and_models_without_the_prefix(tmp_path):
+    """A file of models with a head, and the base model alone; and the other way about."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**TEXT)
+    model = transformers.BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "t")
+    path = tmp_path / "f.tall"
+    tallcodec.encode(tmp_path / "base", {"t": tmp_path / "t"}, path)
+    with tallcodec.open(path) as file:
+        expected = file.decode("t")
+    for cls in (transformers.AutoModel, transformers.BertModel):
+        bare = hf.from_pretrained(path, "t", cls)
+        assert type(bare) is transformers.BertModel
+        assert torch.equal(bare.pooler.dense.weight, expected["bert.pooler.dense.weight"])
+    whole = hf.from_pretrained(path, None, transformers.AutoModelForSequenceClassification)
+    assert type(whole) is transformers.BertForSequenceClassification
+    bare = transformers.BertModel.from_pretrained(tmp_path / "base")
+    with pytest.raises(errors.TensorMismatchError, match="2 tensors that only the file has"):
+        tallcodec.Switcher(bare, path)
+    with tallcodec.Switcher(bare, path, task="t", strict=False):
+        assert torch.equal(bare.pooler.dense.weight, expected["bert.pooler.dense.weight"])
+    with pytest.raises(errors.ArgumentError, match="no class for a 'bert'"):
+        hf.from_pretrained(path, "t", transformers.AutoModelForImageClassification)
+
+    bare.save_pretrained(tmp_path / "bare")
+    transformers.BertModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "zero")
+    path = tmp_path / "bare.tall"
+    tallcodec.encode(tmp_path / "zero", {"t": tmp_path / "bare"}, path)
+    with tallcodec.open(path) as file:
+        expected = file.decode("t")
+    whole = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    with tallcodec.Switcher(whole, path, task="t", strict=False):
+        weight = whole.bert.pooler.dense.weight
+        assert torch.equal(weight, expected["pooler.dense.weight"])
+
+
 def test_targets_are_the_checkpoints_names(family):
     folder, cls = family
     model = cls.from_pretrained(folder / "base")

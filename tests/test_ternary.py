@@ -156,6 +156,7 @@ def test_negative_zeros_alone(tmp_path):
     ({"density": 0}, "density"), ({"density": math.nan}, "density"), ({"density": 1.5}, "density"),
     ({"density": 1e-5}, "cannot be met: the least"), ({"bits": 1, "density": 0.1}, "not both"),
     ({"bits": {"cars": 1}}, "missing: .'dtd'"), ({"bits": 1, "method": "tall"}, "bits is for"),
+    ({"method": "tall", "density": 0.1}, 'density is for merge "ties", method "magnitude"'),
     ({"method": {"cars": "ternary"}}, "missing: .'dtd'"), ({"method": "Ternary"}, "method must"),
     ({"method": {"cars": "tall", "dtd": "magnitude"}}, "not of both"),
     ({"threshold": "search", "score": lambda *a: 0}, "search"), ({"target": 1}, "needs score"),
@@ -234,7 +235,7 @@ def test_merging_refuses_what_is_in_no_shared_vector(tmp_path):
     tallcodec.encode(base, tasks, tmp_path / "a.tall", method="ternary")
     with pytest.raises(ArgumentError, match="ternary planes"):
         tallcodec.merge(tmp_path / "a.tall", tmp_path / "m.safetensors")
-    assert "0 of" in str(tallcodec.stats(tmp_path / "a.tall"))
+    assert "none of them has masks" in str(tallcodec.stats(tmp_path / "a.tall"))
 
 
 @pytest.mark.parametrize("change", ["count", "word", "end", "symbols"])

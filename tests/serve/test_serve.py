@@ -22,7 +22,7 @@ import transformers
 
 import tallcodec
 
-ROOT = Path(__file__).parents[2]
+ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
 REQUESTS = int(os.environ.get("TALLCODEC_REQUESTS", "10000"))
 TASKS = ("a", "b", "c", "d", "e")
 INPUTS = [[[3, 5, 7, 11]], [[2] * 9], [[9, 8, 7, 6, 5, 4]]]
@@ -114,7 +114,7 @@ def test_fastapi(family, tmp_path, capsys):
     port, log = free_port(), tmp_path / "log"
     with open(log, "wb") as out:
         server = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "examples.fastapi_app:app", "--port", str(port),
+            [BIN / "uvicorn", "--app-dir", "examples", "fastapi_app:app", "--port", str(port),
              "--log-level", "warning"],
             cwd=ROOT, env=os.environ | {"TALL": str(path)}, stdout=out, stderr=out)  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -142,14 +142,13 @@ def test_ray_serve(family, monkeypatch, capsys):
     from ray import serve
 
     monkeypatch.setenv("TALL", str(path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     port = free_port()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
-             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})  # fmt: skip
+             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT / "examples")}})  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        from examples.ray_serve import Tasks
+        from ray_serve import Tasks
 
         serve.run(Tasks.bind(str(path)))
         url = f"http://127.0.0.1:{port}/"
@@ -168,11 +167,11 @@ def test_ray_serve(family, monkeypatch, capsys):
         print(f"\nRay Serve: {speed:.0f} requests/s")
 
 
-def test_evicting_twice_is_harmless(family):
+def test_evicting_twice_is_harmless(family, monkeypatch):
     """Serve calls `__del__` of a model that it evicts, and Python does once more."""
     path, expected = family
-    sys.path.insert(0, str(ROOT))
-    from examples.ray_serve import Planes
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from ray_serve import Planes
 
     model = tallcodec.hf.from_pretrained(path, "a").eval()
     with tallcodec.Switcher(model, path, task="a") as switcher:
