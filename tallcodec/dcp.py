@@ -68,7 +68,8 @@ class Reader(StorageReader):
             tensors[name] = TensorStorageMetadata(properties, size, [chunk])
         places = {MetadataIndex(name, tensor.chunks[0].offsets): name
                   for name, tensor in tensors.items()}  # fmt: skip
-        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+        paths = {name: (name,) for name in tensors}
+        return Metadata(tensors, paths, storage_data=places, storage_meta=StorageMeta())
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -85,7 +86,7 @@ class Reader(StorageReader):
         whole = {}
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
-            if self._is_whole(item, target):
+            if self._is_whole(item, target) and item.storage_index.fqn not in whole:
                 whole[item.storage_index.fqn] = item, target
             else:
                 self._read_part(item, target)

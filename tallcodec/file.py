@@ -111,8 +111,14 @@ class File:
             raise ReadError(error.errno, message) from error
         self._map = data or None
         self._core = _core.File(self._label, data)
+        self._watched: dict[str | int, os.stat_result] = {self._path: self._stat}
         if base is not None:
             self._base = open_checkpoint(base)
+            # Its files, and, as torch maps its own, the path.
+            places: set[str | int] = {t.fd for t in self._base.tensors.values() if t.fd >= 0}
+            if isinstance(self._base_source, str) and os.path.isfile(self._base_source):
+                places.add(self._base_source)
+            self._watched |= {place: os.stat(place) for place in places}
             # Not before the last decoding that uses it has ended: see close.
             weakref.finalize(self._base, self._base._resources.close)
         self._tasks = [task["name"] for task in self._core.tasks()]
@@ -262,18 +268,22 @@ class File:
         return [os.fspath(p) for p in written]
 
     def check_unchanged(self) -> None:
-        """Raise ReadError where the file was written to in place since it was opened: what is
-        mapped is no longer what was checked. One that was replaced by a rename stays as it was."""
-        try:
-            now = os.stat(self._path)
-        except OSError:
-            return
-        then = self._stat
-        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
-            return
-        if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
-            message = f"{self._label} was written to in place since it was opened: open it again"
-            raise ReadError(errno.EIO, message)
+        """Raise ReadError where the file, or the base, was written to in place since it was opened:
+        what is read of it is no longer what was checked. One that was replaced by a rename stays as
+        it was."""
+        base = self._base  # kept, and so its descriptors, until this is done
+        for place, then in self._watched.items():
+            if base is None and isinstance(place, int):
+                continue
+            try:
+                now = os.stat(place)
+            except OSError:
+                continue
+            same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+            if same and (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
+                what = self._label if place == self._path else f"{self._label}: its base"
+                message = f"{what} was written to in place since it was opened: open it again"
+                raise ReadError(errno.EIO, message)
 
     def close(self) -> None:
         self._core = self._base = self._map = None

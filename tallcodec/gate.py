@@ -1,73 +1,121 @@
-"""Who may use a model and who may change it: many threads at once, or one alone."""
+"""Who may use a model and who may change it: many at once, or one alone."""
 
 import contextlib
+import sys
 import threading
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
 
 from .errors import SwitchError
 
+_LOOK = 0.5  # seconds between looks for passes that have ended without a word
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of the model, from :meth:`Gate.enter` to :meth:`Gate.leave`."""
+
+    thread: int
+    frame: FrameType | None
+    """Of a forward pass: what has to be on the thread's stack for as long as it runs."""
+
 
 class Gate:
-    """Threads that use a model, and changes of it between them. One that waits to change it lets
-    nobody else begin to use it."""
+    """Uses of a model by any number of threads, and changes of it between them.
+
+    Who waits to change it lets nobody else begin to use it, but for passes while a block is open
+    (which the block may wait for), and but for those who waited during the change before.
+    """
 
     def __init__(self) -> None:
         self._free = threading.Condition()
-        self._users: Counter[int] = Counter()  # by thread: how many times it is within
+        self._uses: set[Use] = set()
         self._changing = False
-        self._waiting = 0  # to change it
+        self._changers = 0  # that wait
+        self._users = 0  # that wait
+        self._due = 0  # of these, how many come before the next change
 
-    def enter(self) -> None:
-        """Use the model until :meth:`leave`; a thread that uses it already, once more."""
-        me = threading.get_ident()
+    def enter(self, frame: FrameType | None = None) -> Use:
+        """Use the model until :meth:`leave`, which another thread may call: as a block, or, with
+        the frame of its call, as a forward pass. A thread that uses it already does not wait."""
+        use = Use(threading.get_ident(), frame)
         with self._free:
-            self._free.wait_for(
-                lambda: me in self._users or not (self._changing or self._waiting)
-            )
-            self._users[me] += 1
+            if not self._is_user(use.thread):
+                self._users += 1
+                try:
+                    self._free.wait_for(lambda: not self._changing and self._may_enter(use))
+                finally:
+                    self._users -= 1
+                    self._due = max(0, min(self._due - 1, self._users))
+                    self._free.notify_all()
+            self._uses.add(use)
+        return use
 
-    def leave(self) -> None:
-        me = threading.get_ident()
+    def leave(self, use: Use) -> None:
         with self._free:
-            self._users[me] -= 1
-            if not self._users[me]:
-                del self._users[me]
+            self._uses.discard(use)
             self._free.notify_all()
 
     def is_user(self) -> bool:
         """Whether this thread uses the model."""
         with self._free:
-            return threading.get_ident() in self._users
+            return self._is_user(threading.get_ident())
 
     @contextlib.contextmanager
-    def changing(self, stay: bool = False) -> Iterator[None]:
-        """A block in which this thread is alone with the model, once nobody uses it. Where the
-        block ends well and is to ``stay``, the thread uses it from then on: nobody comes between.
+    def changing(self) -> Iterator["Gate"]:
+        """A block in which this thread is alone with the model, once nobody uses it.
 
         Raises SwitchError where the thread itself uses it, and so would wait for itself.
         """
-        me = threading.get_ident()
         with self._free:
-            if me in self._users:
+            if self._is_user(threading.get_ident()):
                 raise SwitchError(
                     "this thread is in the middle of a forward pass, or in the block of another "
                     "task: the model cannot be switched under it (in asynchronous code: no await "
                     "within a block, or blocks in threads)"
                 )
-            self._waiting += 1
+            self._changers += 1
             try:
-                self._free.wait_for(lambda: not self._changing and not self._users)
+                while self._changing or self._uses or self._due:
+                    self._free.wait(_LOOK)
+                    self._forget_dead_passes()
                 self._changing = True
             finally:
-                self._waiting -= 1
+                self._changers -= 1
                 self._free.notify_all()
         try:
-            yield
-            if stay:
-                with self._free:
-                    self._users[me] += 1
+            yield self
         finally:
             with self._free:
                 self._changing = False
+                self._due = self._users
                 self._free.notify_all()
+
+    def stay(self) -> Use:
+        """Within :meth:`changing`: use the model from here on. Nobody comes between."""
+        use = Use(threading.get_ident(), None)
+        with self._free:
+            self._uses.add(use)
+        return use
+
+    def _may_enter(self, use: Use) -> bool:
+        if not self._changers or self._due:
+            return True
+        return use.frame is not None and any(other.frame is None for other in self._uses)
+
+    def _is_user(self, thread: int) -> bool:
+        self._forget_dead_passes()
+        return any(use.thread == thread for use in self._uses)
+
+    def _forget_dead_passes(self) -> None:
+        """Drop passes that Ctrl-C, or whatever else torch does not catch, has ended."""
+        if all(use.frame is None for use in self._uses):
+            return
+        stacks = sys._current_frames()
+        for use in [use for use in self._uses if use.frame is not None]:
+            frame = stacks.get(use.thread)
+            while frame is not None and frame is not use.frame:
+                frame = frame.f_back
+            if frame is None:
+                self._uses.discard(use)

@@ -45,7 +45,13 @@ def from_pretrained(
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
-        config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(folder)
+        config = options.pop("config", None)
+        if config is None:  # which takes those of the options that are its own
+            kept = {key: options.pop(key) for key in ("dtype", "torch_dtype") if key in options}
+            config, options = transformers.AutoConfig.from_pretrained(
+                folder, return_unused_kwargs=True, **options
+            )
+            options |= kept
         if cls is None:
             named = (config.architectures or [None])[0]
             cls = getattr(transformers, named or "", None)
@@ -59,10 +65,12 @@ def from_pretrained(
                 raise ArgumentError(f"{cls.__name__} has no class for a {config.model_type!r}")
             cls = mapping[type(config)]
         state = file.state_dict(task)
-        model = cls.from_pretrained(None, config=config, state_dict=state, **options)
-        if "generation_config.json" in files and model.can_generate():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        return model
+        made = cls.from_pretrained(None, config=config, state_dict=state, **options)
+        model = made[0] if isinstance(made, tuple) else made  # with output_loading_info
+        if model.can_generate() and "generation_config" not in options:
+            if "generation_config.json" in files:
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return made
 
 
 def targets(model: Any, names: Collection[str] = ()) -> dict[str, Any]:
@@ -112,7 +120,8 @@ def _numbered(tensor: Any) -> Any:
     """A tensor of the same shape whose elements are 0, 1, 2, …"""
     import torch
 
-    return torch.arange(tensor.numel(), device="cpu").view(tensor.shape)
+    dtype = torch.int32 if tensor.numel() < 1 << 31 else torch.int64
+    return torch.arange(tensor.numel(), dtype=dtype, device="cpu").view(tensor.shape)
 
 
 def _view(tensor: Any, positions: Any, name: str) -> Any:
@@ -130,7 +139,7 @@ def _view(tensor: Any, positions: Any, name: str) -> Any:
     for dim, (size, stride) in enumerate(zip(positions.shape, strides)):
         steps = torch.arange(size).mul_(stride)
         expected = expected + steps.view(-1, *[1] * (positions.ndim - 1 - dim))
-    if not torch.equal(expected, positions):
+    if not torch.equal(expected, positions.long()):
         raise SwitchError(f"the elements of {name!r} lie in no regular order in the model")
     offset = tensor.storage_offset() + first
     return torch.as_strided(tensor, positions.shape, strides, offset)

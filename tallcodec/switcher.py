@@ -5,18 +5,20 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 from . import frameworks, hf, numbers
 from .checkpoint import dtype_name
-from .errors import ArgumentError, SwitchError, TensorMismatchError
+from .errors import ArgumentError, ClosedError, SwitchError, TensorMismatchError
 from .file import File, Loaded
 from .file import open as open_file
-from .gate import Gate
+from .gate import Gate, Use
 
 _NAMED = 8  # tensors that a message names
 
@@ -94,11 +96,12 @@ class Switcher:
         self._gate = Gate()
         self._lock, self._load_lock = threading.Lock(), threading.Lock()
         self._hooks: list[Any] = []
+        weakref.finalize(self, _remove, self._hooks)
         self._loading = ThreadPoolExecutor(1, "tallcodec-prefetch")
         self._cache = _Cache(budget)
         self._metrics = SwitchMetrics()
         self._resources = contextlib.ExitStack()
-        self._resources.callback(self._loading.shutdown, cancel_futures=True)
+        self._resources.callback(self._loading.shutdown, cancel_futures=True)  # waits
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._resources.close)
             self._file = (
@@ -110,12 +113,14 @@ class Switcher:
             self._current: str | None = None
             self._home: str | None = None
             self._blocks = 0
+            self._restoring = False  # to _home, when nobody uses the model
+            self._closed = False
             self._held: Loaded | None = None  # of the current task; None: it is not known
             with self._gate.changing():
                 self._put(task)
             self._home = task
             if guard and not isinstance(model, Mapping):
-                self._hooks = _watch(model, self._gate)
+                self._hooks += _watch(model, self)
             on_error.pop_all()
 
     @property
@@ -147,7 +152,7 @@ class Switcher:
         """
         with self._gate.changing():
             self._put(task)
-            self._home = task
+            self._home, self._restoring = task, False
 
     @contextlib.contextmanager
     def task(self, task: str | None, *, restore: bool = True) -> Iterator[None]:
@@ -155,15 +160,16 @@ class Switcher:
         last asked for, or, without ``restore``, left there for whoever comes next, as in a server.
         Threads may be in blocks of the same task at once; one that wants another waits. Raises what
         :meth:`switch` raises."""
-        self._enter_block(task)
+        use = self._enter_block(task)
         try:
             yield
         finally:
-            self._leave_block(restore)
+            self._leave_block(use, restore)
 
     def prefetch(self, task: str | None) -> "Future[None]":
         """Bring a task's planes into memory, in a thread of its own. The future's result is None,
         or raises what :meth:`switch` would."""
+        self._check_open()
         self._plan.check(task)
 
         def load() -> None:
@@ -178,13 +184,16 @@ class Switcher:
         self._cache.drop(task)
 
     def close(self) -> None:
-        """Let go of the model, which stays as it is, and of the file. Closing twice is harmless."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Let go of the model, which stays as it is, and of the file, once nobody uses it. Closing
+        twice is harmless."""
+        if self._closed:
+            return
+        with self._gate.changing():
+            self._closed = True
+            _remove(self._hooks)
+        self._resources.close()
         self._cache.clear()
         self._held = None
-        self._resources.close()
 
     def __enter__(self) -> "Switcher":
         return self
@@ -195,47 +204,71 @@ class Switcher:
     def __repr__(self) -> str:
         return f"<tallcodec.Switcher on {self._current!r}, of {self._file!r}>"
 
-    def _enter_block(self, task: str | None) -> None:
+    def _enter_block(self, task: str | None) -> Use:
         self._plan.check(task)
-        self._gate.enter()
-        if self._current == task:
+        use = self._gate.enter()
+        if self._current == task and self._held is not None:
             with self._lock:
                 self._blocks += 1
-            return
-        self._gate.leave()
-        with self._gate.changing(stay=True):
+            return use
+        self._gate.leave(use)
+        with self._gate.changing() as gate:
             self._put(task)
             self._blocks += 1
+            return gate.stay()
 
-    def _leave_block(self, restore: bool) -> None:
+    def _leave_block(self, use: Use, restore: bool) -> None:
         with self._lock:
             self._blocks -= 1
-            last = not self._blocks
-            if not restore:
-                self._home = self._current
-        self._gate.leave()
-        if last and not self._gate.is_user():
-            with self._gate.changing():  # so no block has begun since, or it has ended
-                self._put(self._home)
+            if not self._blocks:
+                if not restore:
+                    self._home = self._current
+                self._restoring = self._current != self._home
+        self._gate.leave(use)
+        self._restore()
+
+    def _restore(self) -> None:
+        """Put the model back where blocks have left it, unless this thread is still using it: the
+        pass that it is in does so at its end."""
+        if self._restoring and not self._gate.is_user():
+            with self._gate.changing():
+                if self._restoring and not self._blocks:
+                    self._put(self._home)
+                    self._restoring = False
+
+    def _begin_pass(self, frame: FrameType) -> Use:
+        self._restore()
+        use = self._gate.enter(frame)
+        if self._held is None:
+            self._gate.leave(use)
+            raise SwitchError("the model is in between tasks, since a switch failed: switch it")
+        return use
+
+    def _end_pass(self, use: Use) -> None:
+        self._gate.leave(use)
+        self._restore()
 
     def _put(self, task: str | None) -> None:
         """Write what differs. Called alone with the model."""
         start = time.perf_counter()
+        self._check_open()
         self._plan.check(task)
         self._plan.check_memory()
         if self._held is not None and task == self._current:
             return
-        loaded, hit = self._load(task)
-        names = self._plan.names(task, self._held)
-        self._file.check_unchanged()
         try:
-            self._plan.write(loaded, names)
+            loaded, hit = self._load(task)
+            names = self._plan.names(task, self._held)
             self._file.check_unchanged()
-        except BaseException as error:
-            self._put_back(names, error)
-            raise
-        self._current, self._held = task, loaded
-        self._cache.trim(task)
+            try:
+                self._plan.write(loaded, names)
+                self._file.check_unchanged()
+            except BaseException as error:
+                self._put_back(names, error)
+                raise
+            self._current, self._held = task, loaded
+        finally:
+            self._cache.trim(self._current)
         elapsed = 1e3 * (time.perf_counter() - start)
         done = self._metrics
         self._metrics = replace(
@@ -255,12 +288,18 @@ class Switcher:
         if held is not None:
             with contextlib.suppress(Exception):
                 self._plan.write(held, names)
+                self._file.check_unchanged()
                 self._held = held
         if self._held is None:
             raise SwitchError(
                 f"{error}; and what the model was on could not be put back: it is in between tasks "
                 "until a switch succeeds"
             ) from error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the Switcher was closed")
+        self._file._file  # raises where the file was
 
     def _load(self, task: str | None) -> tuple[Loaded, bool]:
         """A task's planes, and whether they were in memory, or a prefetch was bringing them."""
@@ -279,40 +318,44 @@ class Switcher:
 class _Hook:
     """A hook of a watched module. A copy of the module is not watched."""
 
-    def __init__(self, run: Any):
+    def __init__(self, run: Callable[[], None] | None = None):
         self._run = run
 
-    def __call__(self, *arguments: Any) -> None:
-        self._run()
+    def __call__(self, module: Any, *arguments: Any) -> None:
+        if self._run is not None:
+            self._run()
 
     def __reduce__(self):
-        return _Hook, (_nothing,)
+        return _Hook, ()
 
 
-def _nothing() -> None:
-    pass
-
-
-def _watch(module: Any, gate: Gate) -> list[Any]:
-    """Hooks by which forward passes count as use."""
+def _watch(module: Any, switcher: Switcher) -> list[Any]:
+    """Hooks by which forward passes count as use. They do not keep the Switcher alive."""
     import torch
 
     passes, compiling = threading.local(), torch.compiler.is_compiling
+    of = weakref.ref(switcher)
 
     def begin() -> None:
-        if not compiling():
-            gate.enter()
-            passes.within = getattr(passes, "within", 0) + 1
+        switcher = None if compiling() else of()
+        if switcher is not None:
+            uses = passes.__dict__.setdefault("uses", [])
+            uses.append(switcher._begin_pass(sys._getframe(2)))  # of torch's call of the module
 
     def end() -> None:
-        if not compiling() and getattr(passes, "within", 0):
-            passes.within -= 1
-            gate.leave()
+        switcher = None if compiling() else of()
+        if switcher is not None and passes.__dict__.get("uses"):
+            switcher._end_pass(passes.uses.pop())
 
     return [
         module.register_forward_pre_hook(_Hook(begin), prepend=True),
         module.register_forward_hook(_Hook(end), always_call=True),
     ]
+
+
+def _remove(hooks: list[Any]) -> None:
+    while hooks:
+        hooks.pop().remove()
 
 
 class _Cache:
@@ -376,11 +419,23 @@ class _Plan:
                 f"none of the model's tensors ({_count('in all', list(map(repr, self._targets)))}) "
                 f"is in the file ({_count('in all', list(map(repr, file.tensors)))})"
             )
+        self._refuse_own_base()
         self._pointers = {name: t.data_ptr() for name, t in self._targets.items()}
         self._memory = _addresses(model)
         self._beside = {name for name, t in self._targets.items() if frameworks.flaw(t)}
         self._checked: set[str | None] = set()
         self._changes: dict[str, set[str]] = {}
+
+    def _refuse_own_base(self) -> None:
+        """A base in the memory that is to be switched would change with it."""
+        base = self._file._base
+        sources = [] if base is None else [
+            (tensor.offset, tensor.offset + tensor.nbytes)
+            for tensor in base.tensors.values() if tensor.fd < 0
+        ]  # fmt: skip
+        ours = {target.data_ptr() for target in self._targets.values() if target.numel()}
+        if any(begin <= place < end for begin, end in sources for place in ours):
+            raise ArgumentError("base is the model's own memory: pass a copy, or its checkpoint")
 
     def check(self, task: str | None) -> None:
         """Refuse a task whose tensors are not the model's."""
@@ -393,6 +448,10 @@ class _Plan:
             "of another dtype or shape": [
                 text for name in names if name in self._targets
                 for text in self._mismatch(number, name)
+            ],
+            "that cannot be written to": [
+                f"{name!r} ({flaw})" for name in names if name in self._targets
+                for flaw in _unwritable(self._targets[name])
             ],
             "that the model ties and the file does not": self._falsely_tied(names),
             "that only the file has": [repr(n) for n in names if n not in self._targets],
@@ -478,7 +537,7 @@ class _Plan:
     def _falsely_tied(self, names: Mapping[str, None]) -> list[str]:
         file, owners, flaws = self._file._file, {}, []
         for name, target in self._targets.items():
-            if name in names and target.numel():
+            if name in names and target.numel() and target.data_ptr():
                 place = target.device, target.data_ptr(), tuple(target.shape), target.stride()
                 first = owners.setdefault(place, name)
                 if file.original(file.find_tensor(name)) != file.original(file.find_tensor(first)):
@@ -504,6 +563,14 @@ def _targets(model: Any, names: set[str]) -> dict[str, Any]:
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         return hf.targets(model, names)
     return _state(model)
+
+
+def _unwritable(target: Any) -> list[str]:
+    if target.device.type == "meta":
+        return ["it has no memory, as of an offloaded model"]
+    if any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride())):
+        return ["its elements share memory"]
+    return []
 
 
 def _unwrapped(model: Any) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError
+from .errors import ArgumentError, TensorMismatchError
 from .file import File
 from .file import open as open_file
 
@@ -45,7 +45,12 @@ def register() -> None:
             yield from self._file.state_dict(self._task).items()
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            model.load_weights(self.get_all_weights(model_config, model))
+            loaded = model.load_weights(self.get_all_weights(model_config, model))
+            missing = set() if loaded is None else {n for n, _ in model.named_parameters()} - loaded
+            if missing and model_config.quantization is None:
+                raise TensorMismatchError(
+                    f"{len(missing)} parameters are not in the task, such as {min(missing)!r}"
+                )
 
 
 class Switching:
@@ -59,8 +64,14 @@ class Switching:
         ChecksumError and what else :meth:`tallcodec.File.load` raises.
         """
         before = dict(self.vllm_config.load_config.model_loader_extra_config)
-        file, _ = _opened(before | {"task": task})
+        file, old = _opened(before)
         file.load(task)
+        names = [set(file._names(file._number(name))) for name in (old, task)]
+        if names[0] != names[1]:  # what one lacks would stay as the other has it
+            raise TensorMismatchError(
+                f"tasks {old!r} and {task!r} have different tensors, such as "
+                f"{min(names[0] ^ names[1])!r}: the model cannot be switched between them"
+            )
         try:
             self._put(before | {"task": task})
         except BaseException:

@@ -110,6 +110,29 @@ def test_switching_is_exact_and_in_place(family, made):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
 
 
+def test_options_are_those_of_the_class(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA)
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config.max_new_tokens = 77
+    for name in ("base", "t"):
+        model.save_pretrained(tmp_path / name)
+    tallcodec.encode(tmp_path / "base", {"t": tmp_path / "t"}, tmp_path / "f.tall")
+
+    def load(**options):
+        return hf.from_pretrained(tmp_path / "f.tall", "t", **options)
+
+    assert load().generation_config.max_new_tokens == 77
+    assert not load(use_cache=False).config.use_cache
+    assert load(dtype="bfloat16").dtype == torch.bfloat16
+    given = transformers.GenerationConfig(max_new_tokens=5)
+    assert load(generation_config=given).generation_config.max_new_tokens != 77
+    model, info = load(output_loading_info=True)
+    assert not info["missing_keys"] and model.generation_config.max_new_tokens == 77
+    many = load(cls=transformers.AutoModelForSequenceClassification, num_labels=5)
+    assert many.score.weight.shape == (5, 32)
+
+
 def test_auto_classes_and_models_without_the_prefix(tmp_path):
     """A file of models with a head, and the base model alone; and the other way about."""
     torch.manual_seed(0)

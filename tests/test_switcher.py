@@ -1,6 +1,7 @@
 """A live model switched from task to task: exact, in place, whole whatever fails, by one thread."""
 
 import copy
+import gc
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ from helpers import awkward, encoded, small_family, torch_state
 from tallcodec import Switcher, errors
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 WAIT = 20  # seconds, for what should come at once
@@ -386,6 +388,116 @@ def test_a_failure_that_cannot_be_undone_is_said_and_healed(net, path, monkeypat
             assert_on(net, path, task)
 
 
+def test_nobody_uses_a_model_in_between_tasks(net, path, monkeypatch):
+    with Switcher(net, path, task="cars") as switcher:
+        fail_after(switcher, monkeypatch, 2, times=2)
+        with pytest.raises(errors.SwitchError, match="could not be put back"):
+            switcher.switch("dtd")
+        with pytest.raises(errors.SwitchError, match="in between tasks, since a switch failed"):
+            net(torch.ones(1, 12))
+        with switcher.task("cars"):  # is written again
+            assert_on(net, path, "cars")
+            net(torch.ones(1, 12))
+
+
+def test_what_was_changed_in_place_is_not_put_back(net, path, monkeypatch):
+    with Switcher(net, path, task="cars") as switcher:
+        decode = switcher._file._decode
+
+        def decode_and_change(number, requests, loaded):
+            decode(number, requests, loaded)
+            os.utime(path, ns=(1, 1))
+
+        monkeypatch.setattr(switcher._file, "_decode", decode_and_change)
+        with pytest.raises(errors.SwitchError, match="written to in place.*could not be put back"):
+            switcher.switch("dtd")
+        assert switcher._held is None
+
+
+@pytest.mark.parametrize("change", ["written", "cut short"])
+@pytest.mark.parametrize("name", ["base.pt", "base.safetensors"])
+def test_a_base_that_is_changed_in_place_is_refused(net, encode, tmp_path, name, change):
+    base = {k: v.clone() for k, v in net.state_dict().items()}
+    save = torch.save if name == "base.pt" else save_file
+    save(base, tmp_path / name)
+    path = encode(base, {t: tuned(base, k) for k, t in enumerate(TASKS)}, base_storage="reference")
+    with Switcher(net, path, base=tmp_path / name, task="cars") as switcher:
+        switcher.prefetch("dtd").result(WAIT)
+        before = copy.deepcopy(net.state_dict())
+        with open(tmp_path / name, "r+b") as file:
+            if change == "written":
+                file.seek(900)
+                file.write(b"x" * 300)
+            else:
+                file.truncate(900)
+        os.utime(tmp_path / name, ns=(1, 1))
+        with pytest.raises(errors.ReadError, match="its base was written to in place"):
+            switcher.switch("dtd")
+        assert switcher.current == "cars"
+        assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_models_own_memory_is_no_base(net, encode):
+    path = encode_net(net, encode, base_storage="reference", method="tall")
+    with pytest.raises(errors.ArgumentError, match="base is the model's own memory"):
+        Switcher(net, path, base=net.state_dict())
+    base = {k: v.clone() for k, v in net.state_dict().items()}
+    with Switcher(net, path, base=base) as switcher:
+        for task in ("cars", "dtd", None):
+            switcher.switch(task)
+            assert_on(net, path, task, base)
+
+
+def test_closing_waits_for_a_switch(encode):
+    base, tasks = small_family()
+    model = torch_state(base)
+    for name in ("a.weight", "b.weight"):  # copied one by one
+        model[name] = torch.zeros(*reversed(model[name].shape)).T
+    path, copying, go = encode(base, tasks), threading.Event(), threading.Event()
+    switcher = Switcher(model, path)
+    copy_ = switcher._plan._copy
+
+    def slowly(*arguments):
+        copying.set()
+        go.wait(WAIT)
+        copy_(*arguments)
+
+    switcher._plan._copy = slowly
+    switching, switched = start(lambda: switcher.switch("dtd"))
+    assert copying.wait(WAIT)
+    closing, closed = start(switcher.close)
+    closing.join(0.05)
+    assert closing.is_alive()
+    go.set()
+    switching.join(WAIT)
+    closing.join(WAIT)
+    assert switched == closed == [None]
+    assert_on(model, path, "dtd")
+    with pytest.raises(errors.ClosedError):
+        switcher.prefetch("cars")
+
+
+def test_a_closed_file_fails_before_anything_is_written(net, path):
+    with tallcodec.open(path) as file:
+        switcher = Switcher(net, file, task="cars")
+        switcher.prefetch("dtd").result(WAIT)
+    with pytest.raises(errors.ClosedError):
+        switcher.switch("dtd")
+    assert switcher.current == "cars" and switcher._held is not None
+    assert_on(net, path, "cars")
+
+
+def test_memory_that_cannot_be_written_to_is_refused(net, path):
+    state = dict(net.state_dict())
+    meta = state | {"second.weight": torch.empty(7, 40, device="meta")}
+    with pytest.raises(errors.TensorMismatchError, match="'second.weight' .it has no memory"):
+        Switcher(meta, path)
+    expanded = state | {"first.bias": torch.zeros(1).expand(40)}
+    with pytest.raises(errors.TensorMismatchError, match="'first.bias' .its elements share memory"):
+        Switcher(expanded, path)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
 # Threads.
 
 
@@ -426,7 +538,7 @@ def test_a_switch_waits_for_passes_and_passes_for_it(net, path):
         first, on_cars = start(lambda: net(x).detach())
         assert inside.wait(WAIT)
         switching, switched = start(lambda: switcher.switch("dtd"))
-        while not switcher._gate._waiting:
+        while not switcher._gate._changers:
             pass
         second, on_dtd = start(lambda: net(x).detach())  # comes behind the switch
         switching.join(0.05)
@@ -436,6 +548,111 @@ def test_a_switch_waits_for_passes_and_passes_for_it(net, path):
             thread.join(WAIT)
         assert torch.equal(on_cars[0], expected["cars"]) and torch.equal(on_dtd[0], expected["dtd"])
         assert switched == [None]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_pass_without_a_word_does_not_lock_the_model(net, path, error):
+    """torch calls its hooks for Exceptions only."""
+    def stop():
+        raise error()
+
+    with Switcher(net, path, task="cars") as switcher:
+        net.middle = stop
+        thread, results = start(lambda: net(torch.ones(1, 12)))
+        thread.join(WAIT)
+        assert isinstance(results[0], error)
+        with pytest.raises(error):
+            net(torch.ones(1, 12))
+        net.middle = lambda: None
+        switching, switched = start(lambda: switcher.switch("dtd"))
+        switching.join(WAIT)
+        assert switched == [None]
+        switcher.switch("cars")
+        net(torch.ones(1, 12))
+        assert not switcher._gate._uses
+
+
+def test_a_block_may_be_left_in_another_thread(net, path):
+    """As a dependency of a web framework, or a generator that another thread finishes."""
+    with Switcher(net, path, task="cars") as switcher:
+        block = switcher.task("dtd")
+        thread, results = start(block.__enter__)
+        thread.join(WAIT)
+        assert results == [None] and switcher.current == "dtd"
+        thread, results = start(lambda: block.__exit__(None, None, None))
+        thread.join(WAIT)
+        assert not results[0] and switcher.current == "cars" and not switcher._gate._uses
+        switcher.switch("mnist")
+
+
+def test_a_block_may_wait_for_passes_of_other_threads(net, path):
+    x, inside = torch.ones(1, 12), threading.Event()
+    with Switcher(net, path, task="cars") as switcher, torch.no_grad():
+        def work():
+            with switcher.task("dtd"):
+                inside.set()
+                while not switcher._gate._changers:
+                    pass
+                thread, results = start(lambda: net(x).detach())
+                thread.join(WAIT)
+                return results
+
+        working, worked = start(work)
+        assert inside.wait(WAIT)
+        switching, switched = start(lambda: switcher.switch("mnist"))
+        for thread in (working, switching):
+            thread.join(WAIT)
+        assert len(worked[0]) == 1 and switched == [None]
+        assert switcher.current == "mnist"
+
+
+def test_switches_do_not_keep_passes_out(net, path):
+    stop, passes = threading.Event(), []
+    with Switcher(net, path, task="cars") as switcher, torch.no_grad():
+        def switch():
+            while not stop.is_set():
+                for task in TASKS:
+                    switcher.switch(task)
+
+        switching = [start(switch) for _ in range(3)]
+        thread, _ = start(lambda: [passes.append(net(torch.ones(1, 12))) for _ in range(50)])
+        thread.join(WAIT)
+        stop.set()
+        for other, results in switching:
+            other.join(WAIT)
+            assert results == [None]
+    assert len(passes) == 50
+
+
+def test_what_a_pass_leaves_behind_is_put_back_at_its_end(net, path):
+    """A block that ends last is within a pass, which is not to be switched under."""
+    opened, leave = threading.Event(), threading.Event()
+    with Switcher(net, path, task="cars") as switcher, torch.no_grad():
+        def outer():
+            with switcher.task("dtd"):
+                opened.set()
+                leave.wait(WAIT)
+
+        def within():
+            with switcher.task("dtd"):
+                leave.set()
+                first.join(WAIT)
+
+        first, results = start(outer)
+        assert opened.wait(WAIT)
+        net.middle = within
+        net(torch.ones(1, 12))
+        first.join(WAIT)
+        assert results == [None] and switcher.current == "cars"
+        assert_on(net, path, "cars")
+
+
+def test_an_inner_block_does_not_keep_the_outer_from_restoring(net, path):
+    with Switcher(net, path, task="cars") as switcher:
+        with switcher.task("dtd"):
+            with switcher.task("dtd", restore=False):
+                pass
+        assert switcher.current == "cars"
 
 
 def test_a_block_puts_back_what_was(net, path):
@@ -457,7 +674,7 @@ def test_a_block_puts_back_what_was(net, path):
         assert_on(net, path, "cars")
         with pytest.raises(errors.TaskNotFoundError), switcher.task("none"):
             pass
-        assert switcher.current == "cars" and not switcher._gate._users
+        assert switcher.current == "cars" and not switcher._gate._uses
 
 
 def test_a_block_that_leaves_the_model_where_it_is(net, path):
@@ -496,7 +713,7 @@ def test_blocks_of_many_threads(net, path, restore):
         assert not wrong
         assert switcher.current == "cars" or not restore
         assert torch.equal(net(x), expected[switcher.current])
-        assert not switcher._gate._users and not switcher._blocks
+        assert not switcher._gate._uses and not switcher._blocks
 
 
 def test_blocks_of_one_task_share_it(net, path):
@@ -561,6 +778,34 @@ def test_forgetting(net, path):
         switcher.switch("cars")
         assert switcher.metrics.misses == 3  # cars at first, dtd and cars again
         assert_on(net, path, "cars")
+
+
+def test_what_fails_to_switch_does_not_stay_in_memory(net, path, monkeypatch):
+    with Switcher(net, path, task="cars", budget=0) as switcher:
+        fail_after(switcher, monkeypatch, 1)
+        with pytest.raises(errors.ReadError):
+            switcher.switch("dtd")
+        assert set(switcher._cache._tasks) == {"cars"}
+
+
+def test_a_switcher_that_is_dropped_leaves_no_hooks(net, path):
+    switcher = Switcher(net, path)
+    del switcher
+    gc.collect()
+    assert not net._forward_hooks and not net._forward_pre_hooks
+
+
+def test_the_least_recently_used_is_not_the_first_one(net, encode):
+    path = encode_net(net, encode, method="tall")
+    with Switcher(net, path, budget=220) as switcher:  # two tasks and a bit
+        for task in ("cars", "dtd", "cars", "mnist", "dtd"):
+            switcher.switch(task)
+        switcher.prefetch("cars").result(WAIT)
+        assert switcher.metrics.evictions == 0 and switcher.metrics.misses == 4
+    with Switcher(net, path, budget=108) as switcher:  # one task besides that it is on
+        for task in ("cars", "dtd", "cars", "mnist"):
+            switcher.switch(task)
+        assert set(switcher._cache._tasks) == {None, "cars", "mnist"}
 
 
 def test_closing(net, path):
