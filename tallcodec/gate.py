@@ -16,9 +16,9 @@ _LOOK = 0.5  # seconds between looks for passes that have ended without a word
 class Use:
     """One use of the model, from :meth:`Gate.enter` to :meth:`Gate.leave`."""
 
-    thread: int
+    thread: threading.Thread
     frame: FrameType | None
-    """Of a forward pass: what has to be on the thread's stack for as long as it runs."""
+    """Of a forward pass: what is on the thread's stack for as long as it runs."""
 
 
 class Gate:
@@ -39,9 +39,9 @@ class Gate:
     def enter(self, frame: FrameType | None = None) -> Use:
         """Use the model until :meth:`leave`, which another thread may call: as a block, or, with
         the frame of its call, as a forward pass. A thread that uses it already does not wait."""
-        use = Use(threading.get_ident(), frame)
+        use = Use(threading.current_thread(), frame)
         with self._free:
-            if not self._is_user(use.thread):
+            if not self._is_user():
                 self._users += 1
                 try:
                     self._free.wait_for(lambda: not self._changing and self._may_enter(use))
@@ -60,7 +60,7 @@ class Gate:
     def is_user(self) -> bool:
         """Whether this thread uses the model."""
         with self._free:
-            return self._is_user(threading.get_ident())
+            return self._is_user()
 
     @contextlib.contextmanager
     def changing(self) -> Iterator["Gate"]:
@@ -69,7 +69,7 @@ class Gate:
         Raises SwitchError where the thread itself uses it, and so would wait for itself.
         """
         with self._free:
-            if self._is_user(threading.get_ident()):
+            if self._is_user():
                 raise SwitchError(
                     "this thread is in the middle of a forward pass, or in the block of another "
                     "task: the model cannot be switched under it (in asynchronous code: no await "
@@ -94,7 +94,7 @@ class Gate:
 
     def stay(self) -> Use:
         """Within :meth:`changing`: use the model from here on. Nobody comes between."""
-        use = Use(threading.get_ident(), None)
+        use = Use(threading.current_thread(), None)
         with self._free:
             self._uses.add(use)
         return use
@@ -104,18 +104,29 @@ class Gate:
             return True
         return use.frame is not None and any(other.frame is None for other in self._uses)
 
-    def _is_user(self, thread: int) -> bool:
+    def _is_user(self) -> bool:
         self._forget_dead_passes()
-        return any(use.thread == thread for use in self._uses)
+        me = threading.current_thread()
+        return any(use.thread is me for use in self._uses)
 
     def _forget_dead_passes(self) -> None:
-        """Drop passes that Ctrl-C, or whatever else torch does not catch, has ended."""
-        if all(use.frame is None for use in self._uses):
-            return
-        stacks = sys._current_frames()
+        """Drop passes that Ctrl-C, or whatever else torch does not catch, has ended: those that are
+        no longer on this thread's stack (CPython can crash where one looks at another's), and those
+        of threads that have ended."""
+        me, stack = threading.current_thread(), None
         for use in [use for use in self._uses if use.frame is not None]:
-            frame = stacks.get(use.thread)
-            while frame is not None and frame is not use.frame:
-                frame = frame.f_back
-            if frame is None:
+            if use.thread is me:
+                stack = _stack() if stack is None else stack
+                ended = use.frame not in stack
+            else:
+                ended = not use.thread.is_alive()
+            if ended:
                 self._uses.discard(use)
+
+
+def _stack() -> set[FrameType]:
+    frames, frame = set(), sys._getframe()
+    while frame is not None:
+        frames.add(frame)
+        frame = frame.f_back
+    return frames

@@ -564,10 +564,10 @@ def test_what_ends_a_pass_without_a_word_does_not_lock_the_model(net, path, erro
         with pytest.raises(error):
             net(torch.ones(1, 12))
         net.middle = lambda: None
-        switching, switched = start(lambda: switcher.switch("dtd"))
+        switcher.switch("dtd")  # here, where it is known that the pass has ended; then anywhere
+        switching, switched = start(lambda: switcher.switch("cars"))
         switching.join(WAIT)
         assert switched == [None]
-        switcher.switch("cars")
         net(torch.ones(1, 12))
         assert not switcher._gate._uses
 
@@ -686,6 +686,21 @@ def test_a_block_that_leaves_the_model_where_it_is(net, path):
             assert_on(net, path, "mnist")
         assert switcher.current == "dtd"
         assert_on(net, path, "dtd")
+
+
+def test_passes_that_die_while_others_wait(net, path):
+    def die():
+        raise SystemExit
+
+    with Switcher(net, path, task="cars") as switcher, torch.no_grad():
+        net.middle = die
+        threads = [start(lambda: net(torch.ones(1, 12))) for _ in range(4)]
+        switching, switched = start(lambda: switcher.switch("dtd"))
+        for thread, results in threads:
+            thread.join(WAIT)
+            assert isinstance(results[0], SystemExit)
+        switching.join(WAIT)
+        assert switched == [None]
 
 
 @pytest.mark.parametrize("restore", [True, False])
