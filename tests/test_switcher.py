@@ -715,7 +715,7 @@ def test_blocks_of_many_threads(net, path, restore):
         def work(seed):
             choose = random.Random(seed)
             with torch.no_grad():
-                for _ in range(40):
+                for _ in range(150):
                     task = choose.choice([None, *TASKS])
                     with switcher.task(task, restore=restore):
                         if not torch.equal(net(x), expected[task]):
