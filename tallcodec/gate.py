@@ -62,6 +62,12 @@ class Gate:
         with self._free:
             return self._is_user()
 
+    def is_free(self) -> bool:
+        """Whether nobody uses or changes the model, or waits to."""
+        with self._free:
+            self._forget_dead_passes()
+            return not (self._uses or self._changing or self._changers or self._users)
+
     @contextlib.contextmanager
     def changing(self) -> Iterator["Gate"]:
         """A block in which this thread is alone with the model, once nobody uses it.

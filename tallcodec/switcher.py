@@ -210,11 +210,13 @@ class Switcher:
         if self._current == task and self._held is not None:
             with self._lock:
                 self._blocks += 1
+                self._restoring = False  # whoever leaves last sees to it
             return use
         self._gate.leave(use)
         with self._gate.changing() as gate:
             self._put(task)
             self._blocks += 1
+            self._restoring = False
             return gate.stay()
 
     def _leave_block(self, use: Use, restore: bool) -> None:
@@ -225,19 +227,20 @@ class Switcher:
                     self._home = self._current
                 self._restoring = self._current != self._home
         self._gate.leave(use)
-        self._restore()
+        if not self._gate.is_user():  # else the pass that it is in does so at its end
+            self._restore()
 
     def _restore(self) -> None:
-        """Put the model back where blocks have left it, unless this thread is still using it: the
-        pass that it is in does so at its end."""
-        if self._restoring and not self._gate.is_user():
+        """Put the model back where blocks have left it, once nobody uses it."""
+        if self._restoring:
             with self._gate.changing():
-                if self._restoring and not self._blocks:
+                if self._restoring:
                     self._put(self._home)
                     self._restoring = False
 
     def _begin_pass(self, frame: FrameType) -> Use:
-        self._restore()
+        if self._gate.is_free():
+            self._restore()
         use = self._gate.enter(frame)
         if self._held is None:
             self._gate.leave(use)
@@ -246,7 +249,8 @@ class Switcher:
 
     def _end_pass(self, use: Use) -> None:
         self._gate.leave(use)
-        self._restore()
+        if self._gate.is_free():  # else whoever is the last does so
+            self._restore()
 
     def _put(self, task: str | None) -> None:
         """Write what differs. Called alone with the model."""
