@@ -13,36 +13,26 @@
 namespace tallcodec {
 namespace {
 
-constexpr uint32_t kBits = 12, kSlots = 1 << kBits;
-constexpr uint32_t kStates = 16;     // elements take turns on them
-constexpr uint32_t kGroup = 64;      // elements that have a flag of their own
-// 0 where s is 0, else 1 + exponent and leading fraction bit of s; a NaN, which no writer stores, has
-// the one behind these.
-constexpr uint32_t kContexts = 512;
+constexpr uint32_t kSlots = 1 << kMaskBits;
 constexpr uint64_t kHead = 12;
 
-uint32_t context(float s) {
-  const uint32_t bits = float_bits(s) & 0x7fffffff;
-  return bits ? 1 + (bits >> 22) : 0;
-}
-
-// The contexts of elements first .. first + n, n at most kGroup, of one scale's block. Not inlined:
+// The contexts of elements first .. first + n, n at most kMaskGroup, of one scale's block. Not inlined:
 // float_environment.h.
 __attribute__((noinline)) void contexts(const SharedBlock& s, uint64_t first, uint64_t n, uint16_t* to) {
   const auto at = static_cast<const uint8_t*>(s.values) + first * size_of(s.dtype);
   switch (s.dtype) {
     case DType::F32:
-      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(context(read<float>(at + 4 * i)));
+      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(mask_context(read<float>(at + 4 * i)));
       break;
     case DType::F16:
-      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(context(f16_to_f32(read<uint16_t>(at + 2 * i))));
+      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(mask_context(f16_to_f32(read<uint16_t>(at + 2 * i))));
       break;
     case DType::BF16:
-      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(context(bf16_to_f32(read<uint16_t>(at + 2 * i))));
+      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(mask_context(bf16_to_f32(read<uint16_t>(at + 2 * i))));
       break;
     default:
       const float scale = s.scales[first / kScaleBlock];
-      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(context(dequantise(int8_t(at[i]), scale)));
+      for (uint64_t i = 0; i < n; ++i) to[i] = uint16_t(mask_context(dequantise(int8_t(at[i]), scale)));
   }
 }
 
@@ -72,12 +62,12 @@ struct Count {
 
 std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n) {
   FloatEnvironment environment;
-  std::array<Count, kContexts + 1> counts;
+  std::array<Count, kMaskContexts + 1> counts;
   Count flags[2];  // after a group without and with a bit
-  uint16_t c[kGroup];
+  uint16_t c[kMaskGroup];
   bool before = true, any = false;
-  for (uint64_t first = 0; first < n; first += kGroup) {
-    const uint64_t size = std::min<uint64_t>(kGroup, n - first), bits = group_of(mask, first, size);
+  for (uint64_t first = 0; first < n; first += kMaskGroup) {
+    const uint64_t size = std::min<uint64_t>(kMaskGroup, n - first), bits = group_of(mask, first, size);
     flags[before].add(bits != 0);
     before = bits != 0;
     any |= before;
@@ -87,27 +77,27 @@ std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n) {
   }
   if (!any) return {};
 
-  uint32_t first_context = 1, end_context = kContexts;
+  uint32_t first_context = 1, end_context = kMaskContexts;
   while (!counts[first_context].all) ++first_context;
   while (!counts[end_context - 1].all) --end_context;
-  std::array<uint16_t, kContexts + 1> frequency{};
+  std::array<uint16_t, kMaskContexts + 1> frequency{};
   for (uint32_t k = first_context; k < end_context; ++k) frequency[k] = counts[k].frequency();
   const uint16_t flag_frequency[2] = {flags[0].frequency(), flags[1].frequency()};
 
   std::vector<uint16_t> words;
-  uint32_t state[kStates];
-  std::fill(state, state + kStates, kLeast);
+  uint32_t state[kMaskStates];
+  std::fill(state, state + kMaskStates, kLeast);
   const auto push = [&](uint32_t& x, uint32_t f, bool one) {
-    push_symbol(x, one ? f : kSlots - f, one ? 0 : f, kBits, words);
+    push_symbol(x, one ? f : kSlots - f, one ? 0 : f, kMaskBits, words);
   };
-  for (uint64_t groups = (n + kGroup - 1) / kGroup; groups-- > 0;) {
-    const uint64_t first = groups * kGroup, size = std::min<uint64_t>(kGroup, n - first);
+  for (uint64_t groups = (n + kMaskGroup - 1) / kMaskGroup; groups-- > 0;) {
+    const uint64_t first = groups * kMaskGroup, size = std::min<uint64_t>(kMaskGroup, n - first);
     const uint64_t bits = group_of(mask, first, size);
     if (bits) {
       contexts(s, first, size, c);
-      for (uint64_t i = size; i-- > 0;) push(state[i % kStates], frequency[c[i]], bits >> i & 1);
+      for (uint64_t i = size; i-- > 0;) push(state[i % kMaskStates], frequency[c[i]], bits >> i & 1);
     }
-    const bool after = !first || group_of(mask, first - kGroup, kGroup) != 0;
+    const bool after = !first || group_of(mask, first - kMaskGroup, kMaskGroup) != 0;
     push(state[0], flag_frequency[after], bits != 0);
   }
   std::reverse(words.begin(), words.end());
@@ -125,7 +115,7 @@ std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n) {
 }
 
 void decode_mask(const uint8_t* bytes, uint64_t size, const SharedBlock& s, uint64_t n,
-                 uint8_t* mask) {
+                 const Kernels& kernels, uint8_t* mask) {
   FloatEnvironment environment;
   std::memset(mask, 0, (n + 7) / 8);
   if (!size) return;
@@ -133,42 +123,22 @@ void decode_mask(const uint8_t* bytes, uint64_t size, const SharedBlock& s, uint
   const uint64_t words = read<uint32_t>(bytes);
   const uint32_t first_context = read<uint16_t>(bytes + 4), used = read<uint16_t>(bytes + 6);
   const uint32_t flag_frequency[2] = {read<uint16_t>(bytes + 8), read<uint16_t>(bytes + 10)};
-  require(first_context && first_context + used <= kContexts, "a block's contexts are impossible");
-  require(size == kHead + 2 * used + 4 * kStates + 2 * words, "a block's counts are impossible");
+  require(first_context && first_context + used <= kMaskContexts, "a block's contexts are impossible");
+  require(size == kHead + 2 * used + 4 * kMaskStates + 2 * words, "a block's counts are impossible");
   require(std::max(flag_frequency[0], flag_frequency[1]) <= kSlots, "a frequency is too large");
-  uint16_t frequency[kContexts + 1] = {};
+  uint16_t frequency[kMaskContexts + 2] = {};
   std::memcpy(frequency + first_context, bytes + kHead, 2 * used);
   for (uint32_t f : frequency) require(f <= kSlots, "a frequency is too large");
-  uint32_t state[kStates];
+  uint32_t state[kMaskStates];
   std::memcpy(state, bytes + kHead + 2 * used, sizeof state);
   for (uint32_t x : state) require(x >= kLeast, "a block's states are impossible");
 
   const uint8_t* const end = bytes + size;
   const uint8_t* word = end - 2 * words;
-  // Takes a bit off a state and fills it again, which needs a word now and then.
-  const auto take = [&](uint32_t& x, uint32_t f) {
-    const uint32_t slot = x & (kSlots - 1), one = slot < f;
-    const uint32_t zero = one - 1;  // all bits, or none: a branch would be guessed wrongly
-    const uint32_t start = f & zero, width = f + (zero & (kSlots - 2 * f));
-    uint32_t y = width * (x >> kBits) + slot - start;
-    const uint32_t low = y < kLeast;
-    y = y << 16 * low | (read<uint16_t>(word) & -low);
-    word += 2 * low;
-    x = y;
-    return uint64_t{one};
-  };
-  uint16_t c[kGroup];
-  const auto take_group = [&](uint64_t first, uint64_t count) {
-    contexts(s, first, count, c);
-    uint64_t bits = 0;
-    for (uint64_t i = 0; i < count; ++i) bits |= take(state[i % kStates], frequency[c[i]]) << i;
-    return bits;
-  };
-
-  uint64_t before = 1;
-  for (uint64_t first = 0; first < n; first += kGroup) {
-    const uint64_t count = std::min<uint64_t>(kGroup, n - first);
-    uint8_t last[2 * (kGroup + 2)];  // the last words, with room to read on behind them
+  uint32_t flag = 1;
+  for (uint64_t first = 0; first < n; first += kMaskGroup) {
+    const uint64_t count = std::min<uint64_t>(kMaskGroup, n - first);
+    uint8_t last[2 * (1 + kMaskGroup + 16)];  // the last words, with room to read on behind them
     const uint8_t* const here = word;
     const bool near = end - word < ptrdiff_t(sizeof last);
     if (near) {
@@ -176,9 +146,16 @@ void decode_mask(const uint8_t* bytes, uint64_t size, const SharedBlock& s, uint
       std::memcpy(last, word, size_t(end - word));
       word = last;
     }
-    before = take(state[0], flag_frequency[before]);
-    if (before) {
-      const uint64_t bits = take_group(first, count);
+    word += 2 * take_bit(state[0], flag_frequency[flag], kMaskBits, read<uint16_t>(word), flag);
+    if (flag) {
+      const uint64_t element = size_of(s.dtype);
+      const uint8_t* shared = static_cast<const uint8_t*>(s.values) + first * element;
+      uint8_t padded[kMaskGroup * 4] = {};  // where s is 0 nothing is taken off a state
+      if (count < kMaskGroup) shared = static_cast<uint8_t*>(std::memcpy(padded, shared, count * element));
+      const float scale = s.dtype == DType::I8 ? s.scales[first / kScaleBlock] : 0;
+      MaskGroup group{shared, s.dtype, scale, frequency, state, word};
+      const uint64_t bits = kernels.unmask(group);
+      word = group.word;
       std::memcpy(mask + first / 8, &bits, (count + 7) / 8);
     }
     if (near) {

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include "dtype.h"
+#include "kernels.h"
 
 namespace tallcodec {
 
@@ -21,6 +21,7 @@ std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n);
 
 // The (n + 7) / 8 bytes of a mask from a coded block. Believes nothing: what is not sound is an
 // Error(Status::Format).
-void decode_mask(const uint8_t* bytes, uint64_t size, const SharedBlock& s, uint64_t n, uint8_t* mask);
+void decode_mask(const uint8_t* bytes, uint64_t size, const SharedBlock& s, uint64_t n,
+                 const Kernels& kernels, uint8_t* mask);
 
 }  // namespace tallcodec

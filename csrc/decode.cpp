@@ -387,7 +387,7 @@ std::vector<const uint8_t*> Decoder::unit_masks(const Job& job, uint64_t first, 
     buffers.coded[k].resize((end - first + 7) / 8);
     const auto [bytes, size] = block(plane, *coded, first / kMaskBlock);
     try {
-      decode_mask(bytes, size, shared, end - first, buffers.coded[k].data());
+      decode_mask(bytes, size, shared, end - first, kernels_, buffers.coded[k].data());
     } catch (const Error& e) {
       unsound(plane, e);
     }

@@ -81,6 +81,24 @@ struct MaskBlock {
   const uint8_t* const* mask;  // [masks] planes of (n + 7) / 8 bytes
 };
 
+// The coding of masks given the shared vector (conditional.h).
+constexpr uint32_t kMaskBits = 12;      // a one's frequency and a zero's add up to 2^12
+constexpr uint32_t kMaskStates = 16;    // elements take turns on them
+constexpr uint32_t kMaskGroup = 64;     // elements
+// 0 where s is 0, else 1 + exponent and leading fraction bit of s; a NaN, which no writer stores, has
+// the one behind these.
+constexpr uint32_t kMaskContexts = 512;
+
+// A group of a coded mask, of one scale of an int8 shared vector.
+struct MaskGroup {
+  const void* shared;  // kMaskGroup elements
+  DType shared_dtype;
+  float scale;                // I8 only
+  const uint16_t* frequency;  // [kMaskContexts + 2] of a one, by context; the last is not used
+  uint32_t* state;            // [kMaskStates], each of 65,536 or more; left as the next group finds it
+  const uint8_t* word;        // where kMaskGroup + 16 of the words can be read; moved behind those used
+};
+
 struct Kernels {
   const char* name;
   void (*encode)(EncodeBlock&);
@@ -99,6 +117,8 @@ struct Kernels {
   void (*overlap)(const MaskBlock&, uint64_t* pairs);
   // How many of n elements of a shared vector are 0; the first one begins a scale's block.
   uint64_t (*zeros)(const void* shared, DType, const float* scales, uint64_t n);
+  // The mask's bits of a group. Under the caller's FloatEnvironment.
+  uint64_t (*unmask)(MaskGroup&);
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;

@@ -219,10 +219,13 @@ INLINE void full_add(Word& digit, Word& carry, Word a, Word b) {
 
 #include "kernels_simd.inc"
 
+// Without the instruction that spreads words to the states that need one, vectors gain nothing.
+uint64_t unmask(MaskGroup& g) { return kernels_scalar.unmask(g); }
+
 }  // namespace
 
 const Kernels kernels_avx2 = {"avx2",    encode,    decode,  sums, hash,
-                              agreement, consensus, overlap, zeros};
+                              agreement, consensus, overlap, zeros, unmask};
 
 }  // namespace tallcodec
 

@@ -153,10 +153,53 @@ INLINE void full_add(Word& digit, Word& carry, Word a, Word b) {
 
 #include "kernels_simd.inc"
 
+template <DType T>
+uint64_t unmask_group(MaskGroup& g) {
+  static_assert(kMaskStates == kStep);
+  const char* const shared = static_cast<const char*>(g.shared);
+  const __m512i one = _mm512_set1_epi32(1), all = _mm512_set1_epi32(1 << kMaskBits);
+  const __m512i slots = _mm512_set1_epi32((1 << kMaskBits) - 1), least = _mm512_set1_epi32(1 << 16);
+  __m512i x = _mm512_loadu_si512(g.state);
+  uint64_t found = 0;
+  for (uint32_t i = 0; i < kMaskGroup; i += kStep) {
+    Floats s = load<T>(shared + i * size_of(T));
+    if (T == DType::I8) s = mul(s, splat(g.scale));
+    const __m512i bits = _mm512_castps_si512(abs(s));
+    const __mmask16 nonzero = _mm512_test_epi32_mask(bits, bits);
+    const __m512i context = _mm512_maskz_add_epi32(nonzero, _mm512_srli_epi32(bits, 22), one);
+    // Frequencies are of 16 bits, and gathered by 32.
+    const __m512i f = _mm512_and_si512(_mm512_i32gather_epi32(context, g.frequency, 2),
+                                       _mm512_set1_epi32(0xffff));
+    const __m512i slot = _mm512_and_si512(x, slots);
+    const __mmask16 is_one = _mm512_cmplt_epu32_mask(slot, f);
+    const __m512i width = _mm512_mask_mov_epi32(_mm512_sub_epi32(all, f), is_one, f);
+    const __m512i place = _mm512_mask_mov_epi32(_mm512_sub_epi32(slot, f), is_one, slot);
+    x = _mm512_add_epi32(_mm512_mullo_epi32(width, _mm512_srli_epi32(x, kMaskBits)), place);
+    const __mmask16 low = _mm512_cmplt_epu32_mask(x, least);
+    const __m512i words =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(g.word)));
+    const __m512i filled = _mm512_or_si512(_mm512_slli_epi32(x, 16), _mm512_maskz_expand_epi32(low, words));
+    x = _mm512_mask_mov_epi32(x, low, filled);
+    g.word += 2 * __builtin_popcount(low);
+    found |= uint64_t{is_one} << i;
+  }
+  _mm512_storeu_si512(g.state, x);
+  return found;
+}
+
+uint64_t unmask(MaskGroup& g) {
+  switch (g.shared_dtype) {
+    case DType::F32: return unmask_group<DType::F32>(g);
+    case DType::F16: return unmask_group<DType::F16>(g);
+    case DType::BF16: return unmask_group<DType::BF16>(g);
+    default: return unmask_group<DType::I8>(g);
+  }
+}
+
 }  // namespace
 
 const Kernels kernels_avx512 = {"avx512",  encode,    decode,  sums, hash,
-                                agreement, consensus, overlap, zeros};
+                                agreement, consensus, overlap, zeros, unmask};
 
 }  // namespace tallcodec
 

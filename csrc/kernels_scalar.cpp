@@ -260,9 +260,22 @@ uint64_t zeros(const void* shared, DType dtype, const float* scales, uint64_t n)
   return zeros_of_all(shared, dtype, scales, n);
 }
 
+uint64_t unmask(MaskGroup& g) {
+  float s[kMaskGroup];
+  load_shared(g.shared, g.shared_dtype, g.scale, 0, kMaskGroup, s);
+  uint64_t bits = 0;
+  for (uint32_t i = 0; i < kMaskGroup; ++i) {
+    uint32_t bit;
+    const uint32_t f = g.frequency[mask_context(s[i])], word = read<uint16_t>(g.word, 0);
+    g.word += 2 * take_bit(g.state[i % kMaskStates], f, kMaskBits, word, bit);
+    bits |= uint64_t{bit} << i;
+  }
+  return bits;
+}
+
 }  // namespace
 
 const Kernels kernels_scalar = {"scalar",  encode,    decode,  sums, hash,
-                                agreement, consensus, overlap, zeros};
+                                agreement, consensus, overlap, zeros, unmask};
 
 }  // namespace tallcodec

@@ -113,4 +113,22 @@ TALLCODEC_MATH float decoded(float base, float s, float scale, bool active) {
   return active ? base + scale * s : base;
 }
 
+// Coded masks. What a mask's bit is likely to be is told by the size of s, half an octave at a time.
+TALLCODEC_MATH uint32_t mask_context(float s) {
+  const uint32_t bits = float_bits(s) & 0x7fffffff;
+  return bits ? 1 + (bits >> 22) : 0;
+}
+
+// Takes a bit, whose frequency is f of 2^bits, off a state (rANS, arXiv 1311.2540) and fills that again from a
+// word, where it falls below 2^16; says how many words that took.
+TALLCODEC_MATH uint32_t take_bit(uint32_t& state, uint32_t f, uint32_t bits, uint32_t word, uint32_t& bit) {
+  const uint32_t all = 1u << bits, slot = state & (all - 1);
+  bit = slot < f;
+  const uint32_t zero = bit - 1;  // all bits, or none: a branch would be guessed wrongly
+  const uint32_t x = (f + (zero & (all - 2 * f))) * (state >> bits) + slot - (f & zero);
+  const uint32_t low = x < 1 << 16;
+  state = x << 16 * low | (word & (0 - low));
+  return low;
+}
+
 }  // namespace tallcodec

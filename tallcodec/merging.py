@@ -198,7 +198,7 @@ def consensus(
     *,
     merge: str = "task-arithmetic",
     threshold: float | Mapping[str, float] = 0.4,
-    density: float = 0.2,
+    density: float | None = None,
     min_tasks: int = 2,
     scale=None,
     **options,

@@ -68,17 +68,28 @@ Case random_case(std::mt19937_64& random, uint64_t n, DType dtype, double densit
 }
 
 // Decodes a copy of exactly the bytes' size; false where it is not sound.
-bool decode(const std::string& coded, const Case& c, Bits& mask) {
+bool decode(const std::string& coded, const Case& c, const Kernels& kernels, Bits& mask) {
   mask.assign(c.mask.size(), 0xaa);
   std::unique_ptr<uint8_t[]> bytes(new uint8_t[coded.size()]);
   std::copy(coded.begin(), coded.end(), bytes.get());
   try {
-    decode_mask(bytes.get(), coded.size(), c.shared(), c.n, mask.data());
+    decode_mask(bytes.get(), coded.size(), c.shared(), c.n, kernels, mask.data());
     return true;
   } catch (const Error& e) {
     CHECK(e.status == Status::Format);
     return false;
   }
+}
+
+// By every kernel variant, which agree.
+bool decode(const std::string& coded, const Case& c, Bits& mask) {
+  const bool sound = decode(coded, c, kernels_scalar, mask);
+  for (auto kernels = available_kernels(); *kernels; ++kernels) {
+    Bits other;
+    CHECK(decode(coded, c, **kernels, other) == sound);
+    if (sound) check(other == mask, "%s, n=%d", (*kernels)->name, int(c.n));
+  }
+  return sound;
 }
 
 std::string code(const Case& c) { return code_mask(c.mask.data(), c.shared(), c.n); }
