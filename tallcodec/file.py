@@ -375,8 +375,9 @@ class File:
 
     def _unmap(self) -> None:
         """Let go of the pages of the file that were read; they stay in the page cache."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+        mapped = self._map
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def _with_base(
         self, number: int, requests: list[tuple[int, ...]], base: Checkpoint | None

@@ -1,9 +1,8 @@
 """Who may use a model and who may change it: many at once, or one alone."""
 
 import contextlib
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -18,7 +17,7 @@ class Use:
 
     thread: threading.Thread
     frame: FrameType | None
-    """Of a forward pass: what is on the thread's stack for as long as it runs."""
+    """Of a forward pass: what runs for as long as it does."""
 
 
 class Gate:
@@ -69,8 +68,10 @@ class Gate:
             return not (self._uses or self._changing or self._changers or self._users)
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator["Gate"]:
-        """A block in which this thread is alone with the model, once nobody uses it.
+    def changing(self, unless: Callable[[], bool] = lambda: False) -> Iterator[Use | None]:
+        """A block in which this thread is alone with the model, once nobody uses it: gives None.
+        Where ``unless()`` comes to hold while it waits, it uses the model instead, as others do:
+        gives what is to be left. (Whoever makes it hold calls :meth:`wake`.)
 
         Raises SwitchError where the thread itself uses it, and so would wait for itself.
         """
@@ -81,25 +82,37 @@ class Gate:
                     "task: the model cannot be switched under it (in asynchronous code: no await "
                     "within a block, or blocks in threads)"
                 )
+            use = None
             self._changers += 1
             try:
-                while self._changing or self._uses or self._due:
-                    self._free.wait(_LOOK)
-                    self._forget_dead_passes()
-                self._changing = True
+                while use is None and (self._changing or self._uses or self._due):
+                    if not self._changing and unless():
+                        use = self.stay()
+                    else:
+                        self._free.wait(_LOOK)
+                        self._forget_dead_passes()
+                self._changing |= use is None
             finally:
                 self._changers -= 1
                 self._free.notify_all()
+        if use is not None:
+            yield use
+            return
         try:
-            yield self
+            yield None
         finally:
             with self._free:
                 self._changing = False
                 self._due = self._users
                 self._free.notify_all()
 
+    def wake(self) -> None:
+        """Have those that wait look again."""
+        with self._free:
+            self._free.notify_all()
+
     def stay(self) -> Use:
-        """Within :meth:`changing`: use the model from here on. Nobody comes between."""
+        """Use the model from here on, where nobody can come between, as in :meth:`changing`."""
         use = Use(threading.current_thread(), None)
         with self._free:
             self._uses.add(use)
@@ -116,23 +129,17 @@ class Gate:
         return any(use.thread is me for use in self._uses)
 
     def _forget_dead_passes(self) -> None:
-        """Drop passes that Ctrl-C, or whatever else torch does not catch, has ended: those that are
-        no longer on this thread's stack (CPython can crash where one looks at another's), and those
-        of threads that have ended."""
-        me, stack = threading.current_thread(), None
+        """Drop passes that Ctrl-C, or whatever else torch does not catch, has ended."""
         for use in [use for use in self._uses if use.frame is not None]:
-            if use.thread is me:
-                stack = _stack() if stack is None else stack
-                ended = use.frame not in stack
-            else:
-                ended = not use.thread.is_alive()
-            if ended:
+            if _has_ended(use.frame):
                 self._uses.discard(use)
 
 
-def _stack() -> set[FrameType]:
-    frames, frame = set(), sys._getframe()
-    while frame is not None:
-        frames.add(frame)
-        frame = frame.f_back
-    return frames
+def _has_ended(frame: FrameType) -> bool:
+    """Whether what ran in a frame is over: Python refuses to clear one that is running. (It can
+    crash where one walks the stack of another thread.)"""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return False
+    return True

@@ -207,17 +207,20 @@ class Switcher:
     def _enter_block(self, task: str | None) -> Use:
         self._plan.check(task)
         use = self._gate.enter()
-        if self._current == task and self._held is not None:
-            with self._lock:
-                self._blocks += 1
-                self._restoring = False  # whoever leaves last sees to it
-            return use
-        self._gate.leave(use)
-        with self._gate.changing() as gate:
-            self._put(task)
+        if not self._is_on(task):
+            self._gate.leave(use)
+            with self._gate.changing(unless=lambda: self._is_on(task)) as found:
+                if found is None:
+                    self._put(task)
+                use = found or self._gate.stay()
+        with self._lock:
             self._blocks += 1
-            self._restoring = False
-            return gate.stay()
+            self._restoring = False  # whoever leaves last sees to it
+        self._gate.wake()
+        return use
+
+    def _is_on(self, task: str | None) -> bool:
+        return self._current == task and self._held is not None
 
     def _leave_block(self, use: Use, restore: bool) -> None:
         with self._lock:
@@ -231,10 +234,13 @@ class Switcher:
             self._restore()
 
     def _restore(self) -> None:
-        """Put the model back where blocks have left it, once nobody uses it."""
+        """Put the model back where blocks have left it, once nobody uses it, unless there are new
+        ones by then."""
         if self._restoring:
-            with self._gate.changing():
-                if self._restoring:
+            with self._gate.changing(unless=lambda: not self._restoring) as use:
+                if use is not None:
+                    self._gate.leave(use)
+                elif self._restoring:
                     self._put(self._home)
                     self._restoring = False
 
@@ -242,7 +248,7 @@ class Switcher:
         if self._gate.is_free():
             self._restore()
         use = self._gate.enter(frame)
-        if self._held is None:
+        if self._held is None and not self._closed:
             self._gate.leave(use)
             raise SwitchError("the model is in between tasks, since a switch failed: switch it")
         return use

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -564,10 +565,10 @@ def test_what_ends_a_pass_without_a_word_does_not_lock_the_model(net, path, erro
         with pytest.raises(error):
             net(torch.ones(1, 12))
         net.middle = lambda: None
-        switcher.switch("dtd")  # here, where it is known that the pass has ended; then anywhere
-        switching, switched = start(lambda: switcher.switch("cars"))
+        switching, switched = start(lambda: switcher.switch("dtd"))
         switching.join(WAIT)
         assert switched == [None]
+        switcher.switch("cars")
         net(torch.ones(1, 12))
         assert not switcher._gate._uses
 
@@ -686,6 +687,85 @@ def test_a_block_that_leaves_the_model_where_it_is(net, path):
             assert_on(net, path, "mnist")
         assert switcher.current == "dtd"
         assert_on(net, path, "dtd")
+
+
+def test_a_pass_that_dies_in_a_thread_of_a_pool(net, path):
+    def die():
+        raise SystemExit
+
+    with Switcher(net, path, task="cars") as switcher, ThreadPoolExecutor(1) as pool:
+        net.middle = die
+        assert isinstance(pool.submit(net, torch.ones(1, 12)).exception(WAIT), SystemExit)
+        switching, switched = start(lambda: switcher.switch("dtd"))
+        switching.join(WAIT)
+        assert switched == [None]
+
+
+def test_blocks_that_wait_for_a_switch_share_their_task(net, path):
+    """Whoever is first puts the model on it, the others join."""
+    together, copying, go = threading.Barrier(3), threading.Event(), threading.Event()
+
+    def work():
+        with switcher.task("dtd"):
+            together.wait(WAIT)
+
+    with Switcher(net, path, task="cars") as switcher:
+        write = switcher._plan.write
+
+        def slowly(*arguments):
+            copying.set()
+            go.wait(WAIT)
+            write(*arguments)
+
+        switcher._plan.write = slowly
+        switching, switched = start(lambda: switcher.switch("mnist"))
+        assert copying.wait(WAIT)
+        threads = [start(work) for _ in range(3)]
+        while switcher._gate._users < 3:
+            pass
+        go.set()
+        for thread, results in [(switching, switched), *threads]:
+            thread.join(WAIT)
+            assert results == [None]
+        assert switcher.current == "mnist" and switcher.metrics.switches == 4
+
+
+def test_a_leaver_does_not_wait_for_a_block_that_needs_it(net, path):
+    x = torch.ones(1, 12)
+
+    def visit():
+        with switcher.task("dtd"):
+            pass
+
+    def work():
+        for _ in range(300):
+            visiting = pool.submit(visit)
+            with switcher.task("dtd"), torch.no_grad():
+                pool.submit(net, x).result(WAIT)
+            visiting.result(WAIT)
+
+    with Switcher(net, path, task="cars") as switcher, ThreadPoolExecutor(1) as pool:
+        thread, results = start(work)
+        thread.join(3 * WAIT)
+        assert results == [None] and switcher.current == "cars"
+
+
+def test_a_pass_that_waits_for_closing(net, path):
+    inside, go, x = threading.Event(), threading.Event(), torch.ones(1, 12)
+    switcher = Switcher(net, path, task="cars")
+    net.middle = lambda: (inside.set(), go.wait(WAIT))
+    first, _ = start(lambda: net(x).detach())
+    assert inside.wait(WAIT)
+    closing, closed = start(switcher.close)
+    while not switcher._gate._changers:
+        pass
+    second, results = start(lambda: net(x).detach())
+    while not switcher._gate._users:
+        pass
+    go.set()
+    for thread in (first, closing, second):
+        thread.join(WAIT)
+    assert closed == [None] and isinstance(results[0], torch.Tensor)
 
 
 def test_passes_that_die_while_others_wait(net, path):
