@@ -38,3 +38,21 @@ def checkpoints(tmp_path):
     (folder / "dtd" / "config.json").write_text('{"hidden_size": 40}')
     (folder / "dtd" / "vocab.txt").write_text("a\nb\n" * 500)
     return folder
+
+
+@pytest.fixture
+def net():
+    """A small network."""
+    torch = pytest.importorskip("torch")
+    from switching import Net
+
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def path(net, encode):
+    """A file of three tasks of it."""
+    from switching import encode_net
+
+    return encode_net(net, encode)
