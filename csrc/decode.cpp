@@ -79,17 +79,27 @@ MaskPlane Decoder::mask_plane(uint32_t id) const {
   MaskPlane mask{known_plane(id), {}};
   const PlaneRecord& p = *mask.plane.record;
   if (mask.plane.coding() != PlaneCoding::Conditional) return mask;
-  const uint64_t blocks = (p.raw_size * 8 + kMaskBlock - 1) / kMaskBlock, head = 8 * blocks;
-  const uint8_t* const bytes = mask.plane.source.memory;
-  try {
+  read_head(mask.plane, [&] {
+    const uint64_t blocks = (p.raw_size * 8 + kMaskBlock - 1) / kMaskBlock, head = 8 * blocks;
     require(p.size >= head, "it is too short");
-    mask.coded.emplace(bytes, p.size, blocks, head);
-  } catch (const Error& e) {
-    check(mask.plane, bytes, 0, p.size);  // damage is to be called so
-    unsound(mask.plane, e);
-  }
-  check(mask.plane, bytes, 0, head);
+    mask.coded.emplace(mask.plane.source.memory, p.size, blocks, head);
+    return head;
+  });
   return mask;
+}
+
+// Reads the head of a coded plane by `read`, which gives its size, and checks it.
+template <class Read>
+void Decoder::read_head(const PlaneBytes& plane, Read read) const {
+  const uint8_t* const bytes = plane.source.memory;
+  uint64_t size = 0;
+  try {
+    size = read();
+  } catch (const Error& e) {
+    check(plane, bytes, 0, plane.record->size);  // damage is to be called so
+    unsound(plane, e);
+  }
+  check(plane, bytes, 0, size);
 }
 
 PlaneBytes Decoder::base_plane(const Request& request, uint32_t id) const {
@@ -195,14 +205,10 @@ void Decoder::use_ternary(Job& j, const EntryRecord& e) const {
   j.block.shared_dtype = kSigns;
   j.coded = known_plane(e.plane);
   if (j.coded.coding() == PlaneCoding::Raw) return;
-  const uint8_t* const bytes = j.coded.source.memory;
-  try {
-    j.ternary = std::make_shared<TernaryPlane>(bytes, j.coded.record->size, j.elements);
-  } catch (const Error& error) {
-    check(j.coded, bytes, 0, j.coded.record->size);  // damage is to be called so
-    unsound(j.coded, error);
-  }
-  check(j.coded, bytes, 0, j.ternary->blocks().head());
+  read_head(j.coded, [&] {
+    j.ternary = std::make_shared<TernaryPlane>(j.coded.source.memory, j.coded.record->size, j.elements);
+    return j.ternary->blocks().head();
+  });
 }
 
 void Decoder::unsound(const PlaneBytes& plane, const Error& e) const {

@@ -107,6 +107,8 @@ class Decoder {
 
   PlaneBytes known_plane(uint32_t id) const;
   MaskPlane mask_plane(uint32_t id) const;
+  template <class Read>
+  void read_head(const PlaneBytes& plane, Read read) const;
   PlaneBytes base_plane(const Request& request, uint32_t id) const;
   void use_shared(Job& j, const TensorRecord& t) const;
   void use_masks(Job& j, uint32_t tensor, const std::vector<uint32_t>& tasks) const;
