@@ -265,8 +265,7 @@ void Decoder::count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCou
   const uint64_t first = unit * kUnit, end = std::min(first + kUnit, job.elements);
   const std::vector<const uint8_t*> masks = unit_masks(job, first, end, buffers_[worker]);
   const MaskBlock block{end - first, static_cast<uint32_t>(masks.size()), masks.data()};
-  const uint32_t size = size_of(job.block.shared_dtype);
-  const uint8_t* shared = part(job.shared, first * size, end * size);
+  const uint8_t* shared = shared_part(job, first, end);
   const float* scales = shared_scales(job, first, end);
   const uint64_t zeros = kernels_.zeros(shared, job.block.shared_dtype, scales, end - first);
   counts.zeros += zeros;
@@ -363,6 +362,13 @@ std::pair<const uint8_t*, uint64_t> Decoder::block(const PlaneBytes& plane, cons
   }
   check(plane, found.first, uint64_t(found.first - plane.source.memory), found.second);
   return found;
+}
+
+// The shared vector of elements [begin, end) of a unit. Where masks are coded, unit_masks checks it.
+const uint8_t* Decoder::shared_part(const Job& job, uint64_t begin, uint64_t end) const {
+  const uint64_t size = size_of(job.block.shared_dtype);
+  return job.has_coded_masks() ? job.shared.source.memory + begin * size
+                               : part(job.shared, begin * size, end * size);
 }
 
 // The int8 scales of elements [first, end), if there are any; `first` begins a unit.
@@ -462,7 +468,7 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
     const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffers.base);
     check(job.base, base, at * base_size, (stop - at) * base_size);
     const uint8_t* shared = nullptr;
-    if (!ternary) shared = part(job.shared, at * shared_size, stop * shared_size);
+    if (!ternary) shared = shared_part(job, at, stop);
 
     const uint64_t last = std::min(stop, wanted_end);
     for (uint64_t i = std::max(at, wanted); i < last;) {
@@ -508,7 +514,7 @@ void Decoder::load_part(const Job& job, uint64_t number, Buffers& buffers, Loade
     std::memcpy(&plane[plane.size() / 2 + first / 8], bits.signs, size);
     return;
   }
-  look_at(job.shared, size_of(job.block.shared_dtype));
+  shared_part(job, first, end);
   shared_scales(job, first, end);
   std::memcpy(&to.planes.at(job.masks[0].plane.id)[first / 8], unit_masks(job, first, end, buffers)[0], size);
   if (first == 0 && job.row_scales.record) {

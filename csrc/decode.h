@@ -120,6 +120,7 @@ class Decoder {
   const uint8_t* part(const PlaneBytes& plane, uint64_t begin, uint64_t end) const;
   std::pair<const uint8_t*, uint64_t> block(const PlaneBytes& plane, const CodedBlocks& blocks,
                                             uint64_t number) const;
+  const uint8_t* shared_part(const Job& job, uint64_t begin, uint64_t end) const;
   const float* shared_scales(const Job& job, uint64_t first, uint64_t end) const;
   std::vector<const uint8_t*> unit_masks(const Job& job, uint64_t first, uint64_t end,
                                          Buffers& buffers) const;
