@@ -5,7 +5,6 @@
 #include <cstring>
 #include <vector>
 
-
 namespace tallcodec {
 namespace {
 
@@ -122,6 +121,18 @@ std::string code_block(Gaps& g, const Frequencies& f) {
   return block + extras.finish() + g.signs.finish();
 }
 
+// The blocks of a plane of n elements, whose head ends where its table does.
+CodedBlocks blocks_of(const uint8_t* bytes, uint64_t size, uint64_t n) {
+  const uint64_t blocks = (n + kTernaryBlock - 1) / kTernaryBlock, table = 8 * blocks;
+  require(size >= table && size - table >= kBitmapBytes, "it is too short");
+  uint32_t symbols = 0;
+  for (uint32_t i = 0; i < kBitmapBytes; ++i) symbols += uint32_t(__builtin_popcount(bytes[table + i]));
+  const uint64_t head = table + kBitmapBytes + (uint64_t{symbols} * kSlotBits + 7) / 8;
+  require(size >= head, "it is too short for its table");
+  require(symbols || size == head, "it has blocks but no symbols");
+  return {bytes, size, blocks, head};
+}
+
 }  // namespace
 
 std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
@@ -138,22 +149,6 @@ std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n) 
   for (Gaps& g : blocks) coded.push_back(code_block(g, f));
   return join_blocks(coded, table(f));
 }
-
-namespace {
-
-// The blocks of a plane of n elements, whose head ends where its table does.
-CodedBlocks blocks_of(const uint8_t* bytes, uint64_t size, uint64_t n) {
-  const uint64_t blocks = (n + kTernaryBlock - 1) / kTernaryBlock, table = 8 * blocks;
-  require(size >= table && size - table >= kBitmapBytes, "it is too short");
-  uint32_t symbols = 0;
-  for (uint32_t i = 0; i < kBitmapBytes; ++i) symbols += uint32_t(__builtin_popcount(bytes[table + i]));
-  const uint64_t head = table + kBitmapBytes + (uint64_t{symbols} * kSlotBits + 7) / 8;
-  require(size >= head, "it is too short for its table");
-  require(symbols || size == head, "it has blocks but no symbols");
-  return {bytes, size, blocks, head};
-}
-
-}  // namespace
 
 TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
     : n_(n), blocks_(blocks_of(bytes, size, n)) {
