@@ -101,8 +101,8 @@ class File:
         self._base_source = os.path.abspath(base) if isinstance(base, (str, os.PathLike)) else base
         try:
             with builtins.open(self._path, "rb") as file:
-                self._stat = os.fstat(file.fileno())
-                self._size = self._stat.st_size
+                stat = os.fstat(file.fileno())
+                self._size = stat.st_size
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
         except OSError as error:
             message = f"{self._label}: cannot be read: {error.strerror}"
@@ -111,7 +111,7 @@ class File:
             raise ReadError(error.errno, message) from error
         self._map = data or None
         self._core = _core.File(self._label, data)
-        self._watched: dict[str | int, os.stat_result] = {self._path: self._stat}
+        self._watched: dict[str | int, os.stat_result] = {self._path: stat}
         if base is not None:
             self._base = open_checkpoint(base)
             # Its files, and, as torch maps its own, the path.
