@@ -209,25 +209,24 @@ def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
 def _threshold(values: Sequence[str], tasks: dict[str, str]) -> str | float | dict[str, float]:
     if values == ["auto"]:
         return "auto"
-    try:
-        return _per_task("--threshold", values, tasks, 0.4, float)
-    except ArgumentError:
-        raise
-    except ValueError as error:
-        what = "auto, a number or NAME=NUMBER"
-        raise ArgumentError(
-            f"--threshold must be {what}: {error} (a search is for Python: it needs a function)"
-            if "search" in values else f"--threshold must be {what}: {error}"
-        ) from error
+    hint = " (a search is for Python: it needs a function)" if "search" in values else ""
+    return _numbers("--threshold", values, tasks, 0.4, "auto, a number or NAME=NUMBER", hint)
 
 
 def _bits(values: Sequence[str] | None, tasks: dict[str, str]) -> Any:
+    return values and _numbers("--bits", values, tasks, encoding.BITS, "a number or NAME=NUMBER")
+
+
+def _numbers(
+    option: str, values: Sequence[str], tasks: dict[str, str], default: Any, what: str,
+    hint: str = "",
+) -> Any:  # fmt: skip
     try:
-        return values and _per_task("--bits", values, tasks, encoding.BITS, float)
+        return _per_task(option, values, tasks, default, float)
     except ArgumentError:
         raise
     except ValueError as error:
-        raise ArgumentError(f"--bits must be a number or NAME=NUMBER: {error}") from error
+        raise ArgumentError(f"{option} must be {what}: {error}{hint}") from error
 
 
 def _per_task(
