@@ -74,6 +74,19 @@ def fail_after(switcher, monkeypatch, writes, times=1):
     monkeypatch.setattr(switcher._file, "_decode", failing)
 
 
+def pause(owner, name):
+    """Makes a method wait: the events that it has been called, and that it may go on."""
+    method, called, go = getattr(owner, name), threading.Event(), threading.Event()
+
+    def paused(*arguments):
+        called.set()
+        go.wait(WAIT)
+        method(*arguments)
+
+    setattr(owner, name, paused)
+    return called, go
+
+
 def start(function):
     """A thread that runs a function, and what it gave or raised."""
     results = []

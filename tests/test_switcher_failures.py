@@ -2,7 +2,6 @@
 
 import copy
 import os
-import threading
 
 import pytest
 
@@ -13,7 +12,7 @@ from tallcodec import Switcher, errors
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 
-from switching import TASKS, WAIT, assert_on, encode_net, fail_after, start, tuned  # noqa: E402
+from switching import TASKS, WAIT, assert_on, encode_net, fail_after, pause, start, tuned  # noqa: E402
 
 
 def damage(path, kind):
@@ -60,8 +59,6 @@ def test_a_file_that_is_replaced_stays_what_it_was(net, path, tmp_path):
         path.unlink()
         switcher.switch("mnist")
         assert_on(net, tmp_path / "old.tall", "mnist")
-
-
 
 
 def test_a_failure_between_writes_is_undone(net, path, monkeypatch):
@@ -150,16 +147,9 @@ def test_closing_waits_for_a_switch(encode):
     model = torch_state(base)
     for name in ("a.weight", "b.weight"):  # copied one by one
         model[name] = torch.zeros(*reversed(model[name].shape)).T
-    path, copying, go = encode(base, tasks), threading.Event(), threading.Event()
+    path = encode(base, tasks)
     switcher = Switcher(model, path)
-    copy_ = switcher._plan._copy
-
-    def slowly(*arguments):
-        copying.set()
-        go.wait(WAIT)
-        copy_(*arguments)
-
-    switcher._plan._copy = slowly
+    copying, go = pause(switcher._plan, "_copy")
     switching, switched = start(lambda: switcher.switch("dtd"))
     assert copying.wait(WAIT)
     closing, closed = start(switcher.close)

@@ -10,7 +10,7 @@ from tallcodec import Switcher, errors
 
 torch = pytest.importorskip("torch")
 
-from switching import TASKS, WAIT, assert_on, start  # noqa: E402
+from switching import TASKS, WAIT, assert_on, pause, start  # noqa: E402
 
 
 def test_a_forward_pass_cannot_switch_its_own_model(net, path):
@@ -199,23 +199,16 @@ def test_a_pass_that_dies_in_a_thread_of_a_pool(net, path):
 
 def test_blocks_that_wait_for_a_switch_share_their_task(net, path):
     """Whoever is first puts the model on it, the others join."""
-    together, copying, go = threading.Barrier(3), threading.Event(), threading.Event()
+    together = threading.Barrier(3)
 
     def work():
         with switcher.task("dtd"):
             together.wait(WAIT)
 
     with Switcher(net, path, task="cars") as switcher:
-        write = switcher._plan.write
-
-        def slowly(*arguments):
-            copying.set()
-            go.wait(WAIT)
-            write(*arguments)
-
-        switcher._plan.write = slowly
+        writing, go = pause(switcher._plan, "write")
         switching, switched = start(lambda: switcher.switch("mnist"))
-        assert copying.wait(WAIT)
+        assert writing.wait(WAIT)
         threads = [start(work) for _ in range(3)]
         while switcher._gate._users < 3:
             pass
