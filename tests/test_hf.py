@@ -10,6 +10,8 @@ from tallcodec import errors, hf
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tuning import save_tuned  # noqa: E402
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 64}  # fmt: skip
 TEXT = SMALL | {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -56,14 +58,7 @@ def family(request, tmp_path_factory):
     config = getattr(transformers, config)(**options)
     model = cls(config).to(config.dtype or torch.float32)
     model.save_pretrained(folder / "base")
-    base = {k: v.clone() for k, v in model.state_dict().items()}
-    for seed, task in enumerate(("a", "b"), 1):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(folder / task)
-        model.load_state_dict(base)
+    save_tuned(model, folder, ("a", "b"), 0.05)
     path = folder / "f.tall"
     tasks = {task: folder / task for task in ("a", "b")}
     tallcodec.encode(folder / "base", tasks, path, method={"a": "tall", "b": "ternary"})

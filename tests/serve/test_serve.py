@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import tallcodec
+from tuning import save_tuned
 
 ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
 REQUESTS = int(os.environ.get("TALLCODEC_REQUESTS", "10000"))
@@ -38,14 +39,7 @@ def family(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config)
     model.save_pretrained(folder / "base")
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    for seed, task in enumerate(TASKS):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(folder / task)
-        model.load_state_dict(start)
+    save_tuned(model, folder, TASKS, 0.1)
     path = folder / "f.tall"
     methods = dict.fromkeys(TASKS, "tall") | {"b": "ternary", "d": "ternary"}
     tallcodec.encode(folder / "base", {t: folder / t for t in TASKS}, path, method=methods)
