@@ -67,6 +67,15 @@ void Draft::put(uint32_t id, uint64_t position, const void* data, uint64_t size)
   }
 }
 
+void Draft::sum(uint32_t id) {
+  DraftPlane& plane = planes[id];
+  std::vector<uint8_t> buffer;
+  for (uint64_t at = 0; at < plane.record.size; at += kSumBlock) {
+    const uint64_t size = std::min(kSumBlock, plane.record.size - at);
+    plane.sums[at / kSumBlock] = hash_block(*kernels, source(id).view(at, size, buffer), size);
+  }
+}
+
 uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size) {
   if (bytes.empty()) return kNone;
   uint32_t id = reserve(kind, coding, bytes.size(), raw_size);
@@ -74,13 +83,13 @@ uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view byte
   return id;
 }
 
-void Draft::truncate(uint64_t size) {
+void Draft::truncate(uint64_t begin, uint64_t size) {
   if (::ftruncate(fd, static_cast<off_t>(size)) != 0) {
     throw Error(Status::Write, text(label, ": cannot be cut short: ", std::strerror(errno)), errno);
   }
   end = size;
   for (DraftPlane& p : planes) {
-    if (p.dropped && p.record.offset >= masks) p.record.size = 0;
+    if (p.dropped && p.record.offset >= begin) p.record.size = 0;
   }
 }
 

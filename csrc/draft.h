@@ -82,9 +82,14 @@ struct Draft {
   // Checksums and writes a part of a plane that begins at a checksum block; all parts but the
   // plane's last are whole blocks. Several threads may write different parts at once.
   void put(uint32_t plane, uint64_t position, const void* data, uint64_t size);
+  // Writes at an offset of the file, which is not checksummed.
+  void write(const void* data, uint64_t size, uint64_t offset) const;
+  // Checksums a plane as it was written.
+  void sum(uint32_t plane);
+  Source source(uint32_t plane) const { return {nullptr, fd, planes[plane].record.offset}; }
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
-  // Ends the file here, where dropped planes may have been.
-  void truncate(uint64_t size);
+  // Ends the file at `size`. Dropped planes from `begin` on were behind it, or between what moved up.
+  void truncate(uint64_t begin, uint64_t size);
   // What was reserved for the plane becomes a free range; its name becomes kNone.
   void drop(uint32_t& plane);
   // An entry with NaN or infinity, its task's or the base's, becomes verbatim.
@@ -96,7 +101,6 @@ struct Draft {
   uint64_t finish();
 
  private:
-  void write(const void* data, uint64_t size, uint64_t offset) const;
   void clear(uint64_t offset, uint64_t size) const;
 };
 

@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <map>
 #include <mutex>
 
 #include "conditional.h"
@@ -9,97 +10,118 @@
 namespace tallcodec {
 namespace {
 
-// A plane on its way up: a mask, or the scales that lie between two.
-struct Move {
-  uint32_t plane;
-  const DraftTensor* tensor;  // of a mask
-  std::vector<std::string> blocks;
-  uint64_t coded = 0;  // how many of them are
-};
-
+// Blocks are coded in any order and taken in order: they wait behind the planes, in the file, until all of
+// theirs are there. Nothing is written over what is still to be read: that of later planes.
 class Packer {
  public:
-  explicit Packer(Draft& d) : d_(d), end_(d.masks) {
-    for (uint32_t k = 0; k < d.tasks.size(); ++k) {
-      for (const DraftTensor& t : d.tensors) {
-        const EntryRecord& e = t.entries[k].record;
-        if (t.record.alias != kNone || e.coding != Coding::Mask) continue;
-        moves_.push_back({e.plane, &t, {}});
-        moves_.back().blocks.resize((t.elements() + kMaskBlock - 1) / kMaskBlock);
-        if (e.scales_plane != kNone) moves_.push_back({e.scales_plane, nullptr, {}});
-      }
-    }
-  }
+  Packer(Draft& d, uint64_t begin, std::vector<Move> moves)
+      : d_(d), moves_(std::move(moves)), begin_(begin), end_(begin) {}
 
-  void run(const Options& options) {
-    struct Item {
-      size_t move;
-      uint64_t block;
-    };
-    std::vector<Item> items;
-    for (size_t m = 0; m < moves_.size(); ++m) {
-      for (uint64_t b = 0; b < moves_[m].blocks.size(); ++b) items.push_back({m, b});
+  void run(const Options& options, const char* step) {
+    std::vector<std::pair<const Move*, uint64_t>> items;
+    for (const Move& move : moves_) {
+      for (uint64_t b = 0; b < move.blocks; ++b) items.emplace_back(&move, b);
     }
     std::mutex mutex;
-    parallel_for(items.size(), options.threads, watch(options, "coding masks"), [&](uint64_t i, unsigned) {
-      Move& move = moves_[items[i].move];
-      std::string block = code(move, items[i].block);
+    std::map<uint64_t, std::string> waiting;
+    uint64_t next = 0;
+    parallel_for(items.size(), options.threads, watch(options, step), [&](uint64_t i, unsigned) {
+      const auto& [move, number] = items[i];
+      std::string block = move->code(number);
       std::lock_guard lock(mutex);
-      move.blocks[items[i].block] = std::move(block);
-      ++move.coded;
-      // Nothing is written before all that lies there has been read: that of this plane or an earlier one.
-      while (next_ < moves_.size() && moves_[next_].coded == moves_[next_].blocks.size()) {
-        put(moves_[next_++]);
+      waiting.emplace(i, std::move(block));
+      for (auto it = waiting.begin(); it != waiting.end() && it->first == next; ++next) {
+        take(it->second);
+        it = waiting.erase(it);
       }
     });
-    d_.truncate(end_);
+    while (move_ < moves_.size()) place();
+    d_.truncate(begin_, end_);
   }
 
  private:
-  Source at(const DraftPlane& plane) const { return {nullptr, d_.fd, plane.record.offset}; }
+  Move& current() { return moves_[move_]; }
 
-  std::string code(const Move& move, uint64_t block) const {
-    const DraftTensor& t = *move.tensor;
-    const uint64_t first = block * kMaskBlock, n = std::min(kMaskBlock, t.elements() - first);
-    const uint64_t size = size_of(t.shared_dtype);
-    std::vector<uint8_t> mask, shared, scales;
-    SharedBlock s{at(d_.planes[t.record.shared_plane]).view(first * size, n * size, shared),
-                  t.shared_dtype, nullptr};
-    if (t.record.shared_scales_plane != kNone) {
-      s.scales = reinterpret_cast<const float*>(
-          at(d_.planes[t.record.shared_scales_plane])
-              .view(first / kScaleBlock * 4, (n + kScaleBlock - 1) / kScaleBlock * 4, scales));
-    }
-    return code_mask(at(d_.planes[move.plane]).view(first / 8, (n + 7) / 8, mask), s, n);
+  // The next block in order.
+  void take(const std::string& block) {
+    while (!current().blocks) place();
+    const uint64_t head = 8 * current().blocks + current().table.size();
+    d_.write(block.data(), block.size(), d_.end + head + size_);
+    size_ += block.size();
+    append(ends_, size_);
+    if (ends_.size() < 8 * current().blocks) return;
+    ends_ += current().table;
+    d_.write(ends_.data(), head, d_.end);
+    place(head + size_);
+    ends_.clear();
+    size_ = 0;
   }
 
-  void put(Move& move) {
-    DraftPlane& plane = d_.planes[move.plane];
-    std::string coded = join_blocks(move.blocks);
-    move.blocks.clear();
-    std::vector<uint8_t> raw;
-    if (move.tensor && coded.size() < plane.record.raw_size) {
-      plane.record.coding = PlaneCoding::Conditional;
-      plane.record.size = coded.size();
-      plane.sums.assign(sum_count(coded.size()), 0);
-    } else {
-      const uint8_t* const bytes = at(plane).view(0, plane.record.size, raw);
-      coded.assign(reinterpret_cast<const char*>(bytes), plane.record.size);
+  // Moves the next plane, whose coded form, of so many bytes, waits behind all planes.
+  void place(uint64_t coded = UINT64_MAX) {
+    DraftPlane& plane = d_.planes[current().plane];
+    uint64_t from = plane.record.offset;
+    if (coded < plane.record.raw_size) {
+      from = d_.end;
+      plane.record.coding = current().coding;
+      plane.record.size = coded;
+      plane.sums.assign(sum_count(coded), 0);
     }
-    coded.resize(align64(coded.size()), '\0');  // over what was there
     plane.record.offset = end_;
-    end_ += coded.size();
-    d_.put(move.plane, 0, coded.data(), coded.size());
+    end_ += align64(plane.record.size);
+    std::vector<uint8_t> buffer(std::min(align64(plane.record.size), kCopyChunk));
+    for (uint64_t at = 0; at < plane.record.size; at += buffer.size()) {
+      const uint64_t size = std::min(plane.record.size - at, kCopyChunk);
+      Source{nullptr, d_.fd, from}.view(at, size, buffer);
+      buffer.resize(align64(size));  // zeros, over what was there
+      std::fill(buffer.begin() + static_cast<ptrdiff_t>(size), buffer.end(), uint8_t{0});
+      d_.put(current().plane, at, buffer.data(), buffer.size());
+    }
+    ++move_;
   }
 
   Draft& d_;
   std::vector<Move> moves_;
-  size_t next_ = 0;
-  uint64_t end_;
+  size_t move_ = 0;            // the next to be placed
+  std::string ends_;           // of its blocks so far
+  uint64_t size_ = 0;          // and how many bytes they have
+  const uint64_t begin_;
+  uint64_t end_;               // of those that are placed
 };
+
+std::string code_block(const Draft& d, const DraftTensor& t, uint32_t plane, uint64_t block) {
+  const uint64_t first = block * kMaskBlock, n = std::min(kMaskBlock, t.elements() - first);
+  const uint64_t size = size_of(t.shared_dtype);
+  std::vector<uint8_t> mask, shared, scales;
+  SharedBlock s{d.source(t.record.shared_plane).view(first * size, n * size, shared), t.shared_dtype, nullptr};
+  if (t.record.shared_scales_plane != kNone) {
+    s.scales = reinterpret_cast<const float*>(
+        d.source(t.record.shared_scales_plane)
+            .view(first / kScaleBlock * 4, (n + kScaleBlock - 1) / kScaleBlock * 4, scales));
+  }
+  return code_mask(d.source(plane).view(first / 8, (n + 7) / 8, mask), s, n);
+}
 
 }  // namespace
 
-void pack_masks(Draft& draft, const Options& options) { Packer(draft).run(options); }
+void pack(Draft& draft, uint64_t begin, std::vector<Move> moves, const Options& options, const char* step) {
+  Packer(draft, begin, std::move(moves)).run(options, step);
+}
+
+void pack_masks(Draft& draft, const Options& options) {
+  std::vector<Move> moves;
+  for (uint32_t k = 0; k < draft.tasks.size(); ++k) {
+    for (const DraftTensor& t : draft.tensors) {
+      const EntryRecord& e = t.entries[k].record;
+      if (t.record.alias != kNone || e.coding != Coding::Mask) continue;
+      const uint64_t blocks = (t.elements() + kMaskBlock - 1) / kMaskBlock;
+      moves.push_back({e.plane, PlaneCoding::Conditional, blocks, {}, [&, plane = e.plane](uint64_t block) {
+        return code_block(draft, t, plane, block);
+      }});
+      if (e.scales_plane != kNone) moves.push_back({e.scales_plane, PlaneCoding::Raw, 0, {}, {}});
+    }
+  }
+  pack(draft, draft.masks, std::move(moves), options, "coding masks");
+}
 
 }  // namespace tallcodec

@@ -44,16 +44,6 @@ inline void require(bool ok, const char* what) {
   if (!ok) unsound(what);
 }
 
-// A coded plane: where its blocks end, a table for all of them, the blocks.
-inline std::string join_blocks(const std::vector<std::string>& blocks, const std::string& table = {}) {
-  std::string ends, body;
-  for (const std::string& block : blocks) {
-    body += block;
-    append(ends, uint64_t{body.size()});
-  }
-  return ends + table + body;
-}
-
 // The blocks of a coded plane. Its head begins with a 64-bit number for each, where it ends, counted from
 // the end of the head. The bytes outlive this; where they changed since, the blocks do not lie in them.
 class CodedBlocks {

@@ -1,16 +1,18 @@
 #include "sparsify.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
+#include <tuple>
 
 #include "float_environment.h"
 #include "mask_math.h"
 #include "moments.h"
+#include "pack.h"
 #include "parallel.h"
 #include "ternary.h"
 #include "text.h"
@@ -22,7 +24,11 @@ namespace {
 constexpr uint32_t kBinShift = 19, kBins = 1 << (31 - kBinShift);
 constexpr uint32_t kInfinity = 0x7f800000;
 constexpr uint64_t kChunk = 16384;  // elements looked at together
-constexpr int kSearchSteps = 16;    // of the scale, where the checkpoint is rounded to 16 bits
+static_assert(kUnit % kChunk == 0 && kUnit % kTernaryBlock == 0 && kChunk % kLanes == 0);
+// Where the checkpoint is rounded to 16 bits, the scale is found from as many elements, or up to twice
+// as many, in as many steps.
+constexpr uint64_t kSample = 1 << 18;
+constexpr int kSearchSteps = 16;
 
 void convert(const uint8_t* array, DType dtype, uint64_t n, float* to) {
   const auto half = [&](uint64_t i) {
@@ -44,9 +50,10 @@ struct Chunk {
   uint32_t bits[kChunk];  // of the magnitudes of tau
 };
 
-// Runs visit(chunk) over a tensor's elements.
+// Runs visit(chunk) over elements first .. end of a tensor; `first` begins a chunk.
 template <class Visit>
-void for_each_chunk(const Draft& d, const DraftTensor& t, uint32_t task, Visit visit) {
+void for_each_chunk(const Draft& d, const DraftTensor& t, uint32_t task, uint64_t first, uint64_t end,
+                    Visit visit) {
   const DraftEntry& e = t.entries[task];
   const auto chunk = std::make_unique<Chunk>();
   std::vector<uint8_t> buffer;
@@ -56,9 +63,9 @@ void for_each_chunk(const Draft& d, const DraftTensor& t, uint32_t task, Visit v
             chunk->n, to);
   };
   try {
-    for (uint64_t first = 0; first < t.elements(); first += kChunk) {
+    for (; first < end; first += kChunk) {
       chunk->first = first;
-      chunk->n = std::min(kChunk, t.elements() - first);
+      chunk->n = std::min(kChunk, end - first);
       reading = kNone;
       read(t.base, t.record.dtype, chunk->base);
       reading = task;
@@ -102,19 +109,54 @@ struct Point {
   double bits, error;
 };
 
+// Magnitudes of one bin, added up exactly: their significands, for they have one exponent.
+struct Tally {
+  uint64_t count = 0, significands = 0;
+};
+
+uint32_t significand(uint32_t bits) { return (bits & 0x7fffff) | (bits >> 23 ? 0x800000 : 0); }
+
+// What significands of a bin stand for.
+double sum_of(uint32_t bin, uint64_t significands) {
+  const uint32_t exponent = bin >> (23 - kBinShift);
+  return std::ldexp(static_cast<double>(significands), static_cast<int>(std::max(exponent, 1u)) - 150);
+}
+
 struct Bin {
   uint32_t number;
   uint64_t kept;  // elements in it and above
+  double sum;     // of those in it
 };
 
-// A tensor of a task, as the first reading finds it.
+// The elements kept: those whose magnitude has more than these bits and, of those that have just these,
+// evenly spread, so many.
+struct Cut {
+  uint32_t bits = kInfinity;
+  uint64_t above = 0, equal = 0, ties = 0;
+  double sum = 0;  // of the magnitudes above
+
+  double dot() const { return ties ? sum + static_cast<double>(ties) * float_of(bits) : sum; }
+};
+
+// A tensor of a task.
 struct Candidate {
   uint32_t tensor = 0;
   uint64_t elements = 0, kept = 0;
+  // What the first reading finds.
+  std::vector<double> unit_tau_sq;
   double tau_sq = 0;
   bool finite = true, base_finite = true;
   std::vector<Bin> bins;      // those that are not empty, from the largest magnitude down
   std::vector<Point> points;  // the lower convex hull, from the fewest bits up
+  // The second.
+  Cut cut;
+  float scale = 1;
+  // The third.
+  std::vector<Moments> unit_moments;  // of a rounded checkpoint
+  GapCounts gaps{};
+  Cut found;  // what was kept
+
+  uint64_t units() const { return (elements + kUnit - 1) / kUnit; }
 };
 
 // No more of a tensor than this is kept, but for all of one whose magnitudes are nearly equal: what is
@@ -146,60 +188,23 @@ void add_point(Candidate& c, uint64_t kept, double sum) {
 
 // A point for every bin and, where one more than doubles what is kept, for every doubling in it; one for
 // the most that is kept.
-void find_hull(Candidate& c, const std::vector<double>& sums) {
+void find_hull(Candidate& c) {
   const auto most = static_cast<uint64_t>(kMostKept * static_cast<double>(c.elements));
   double sum = 0;
   uint64_t before = 0;
   for (const Bin& bin : c.bins) {
-    const double mean = sums[bin.number] / static_cast<double>(bin.kept - before);
+    const double mean = bin.sum / static_cast<double>(bin.kept - before);
     const auto inside = [&](uint64_t k) {
       add_point(c, k, sum + static_cast<double>(k - before) * mean);
     };
     uint64_t k = std::max<uint64_t>(1, 2 * before);
     for (; k < bin.kept && k < most; k *= 2) inside(k);
     if (before < most && most < bin.kept) inside(most);
-    sum += sums[bin.number];
+    sum += bin.sum;
     add_point(c, bin.kept, sum);
     before = bin.kept;
   }
   if (!c.points.empty()) c.kept = c.points[0].kept;
-}
-
-void look_at(const Draft& d, uint32_t task, Candidate& c) {
-  const DraftTensor& t = d.tensors[c.tensor];
-  std::vector<uint64_t> counts(kBins);
-  std::vector<double> sums(kBins);
-  Sums lanes{};
-  bool finite = true, base_finite = true;
-  static_assert(kUnit % kChunk == 0 && kChunk % kLanes == 0);
-  for_each_chunk(d, t, task, [&](const Chunk& chunk) {
-    for (uint64_t i = 0; i < chunk.n; ++i) {
-      const uint32_t bits = chunk.bits[i], bin = bits >> kBinShift;
-      finite &= bits < kInfinity;
-      base_finite &= is_finite(chunk.base[i]);
-      counts[bin] += bits != 0;
-      sums[bin] += float_of(bits);
-    }
-    for (uint64_t i = 0; i < chunk.n; i += kLanes) {
-      const uint64_t n = std::min<uint64_t>(kLanes, chunk.n - i);
-      for (uint64_t j = 0; j < n; ++j) lanes.tau_sq[j] += double(chunk.tau[i + j]) * chunk.tau[i + j];
-    }
-    if ((chunk.first + chunk.n) % kUnit == 0) {
-      c.tau_sq += add_lanes(lanes.tau_sq);
-      lanes = {};
-    }
-  });
-  c.tau_sq += add_lanes(lanes.tau_sq);
-  c.finite = finite;
-  c.base_finite = base_finite;
-  if (!finite) return;
-  uint64_t kept = 0;
-  for (uint32_t bin = kBins; bin-- > 0;) {
-    if (!counts[bin]) continue;
-    kept += counts[bin];
-    c.bins.push_back({bin, kept});
-  }
-  find_hull(c, sums);
 }
 
 // Shares the task's bits, or a number of elements, among a task's tensors: what lowers the error
@@ -253,37 +258,18 @@ void share(const Draft& d, uint32_t task, double elements, std::vector<Candidate
                                  "while it was read"));
 }
 
-// The elements kept: those whose magnitude has more than these bits, and the first `ties` of just these.
-struct Cut {
-  uint32_t bits;
-  uint64_t ties;
-};
-
-Cut find_cut(const Draft& d, uint32_t task, const Candidate& c) {
-  if (!c.kept) return {kInfinity, 0};
-  size_t k = 0;
-  while (c.bins[k].kept < c.kept) ++k;
-  const uint32_t bin = c.bins[k].number;
-  if (c.bins[k].kept == c.kept) return {std::max(bin << kBinShift, 1u) - 1, 0};
-  std::vector<uint32_t> inside;
-  for_each_chunk(d, d.tensors[c.tensor], task, [&](const Chunk& chunk) {
-    for (uint64_t i = 0; i < chunk.n; ++i) {
-      if (chunk.bits[i] >> kBinShift == bin && chunk.bits[i]) inside.push_back(chunk.bits[i]);
-    }
-  });
-  const uint64_t wanted = c.kept - (k ? c.bins[k - 1].kept : 0);
-  if (inside.size() < wanted) changed(d, c.tensor, task);
-  const auto last = inside.begin() + static_cast<ptrdiff_t>(wanted - 1);
-  std::nth_element(inside.begin(), last, inside.end(), std::greater<>());
-  const uint32_t cut = *last;
-  const auto above = static_cast<uint64_t>(
-      std::count_if(inside.begin(), inside.end(), [&](uint32_t bits) { return bits > cut; }));
-  return {cut, wanted - above};
-}
-
-// The elements kept of one tensor, in order.
+// Elements that are kept, in order.
 struct Kept {
   std::vector<float> base, tau;
+
+  // Those of a group of 64 of a chunk.
+  void add(const Chunk& chunk, uint64_t group, uint64_t bits) {
+    for (; bits; bits &= bits - 1) {
+      const uint64_t i = group + static_cast<uint64_t>(__builtin_ctzll(bits));
+      base.push_back(chunk.base[i]);
+      tau.push_back(chunk.tau[i]);
+    }
+  }
 
   // Of what is decoded with this scale; element j adds to lane j mod 16.
   Moments moments(double tau_sq, float scale, DType dtype) const {
@@ -338,98 +324,343 @@ float corrected(const Kept& kept, double tau_sq, float scale, double wanted, DTy
   return float_of(wanted - below < above - wanted ? low : high);
 }
 
-// The plane; the entry's statistics and scale.
-std::string encode_tensor(const Draft& d, uint32_t task, const Candidate& c, EntryRecord& e) {
-  const DraftTensor& t = d.tensors[c.tensor];
-  const Cut cut = find_cut(d, task, c);
-  std::vector<uint8_t> mask((c.elements + 7) / 8), signs(mask.size());
-  Kept kept;
-  uint64_t ties = cut.ties;
-  kept.base.reserve(c.kept);
-  kept.tau.reserve(c.kept);
-  for_each_chunk(d, t, task, [&](const Chunk& chunk) {
-    for (uint64_t j = 0; j < chunk.n; ++j) {
-      const uint32_t bits = chunk.bits[j];
-      if (bits < cut.bits || (bits == cut.bits && !ties)) continue;
-      if (bits >= kInfinity) changed(d, c.tensor, task);
-      if (bits == cut.bits) --ties;
-      const uint64_t i = chunk.first + j;
-      mask[i / 8] = uint8_t(mask[i / 8] | 1 << i % 8);
-      signs[i / 8] = uint8_t(signs[i / 8] | (chunk.tau[j] < 0) << i % 8);
-      kept.base.push_back(chunk.base[j]);
-      kept.tau.push_back(chunk.tau[j]);
-    }
-  });
-  if (kept.tau.size() != c.kept || ties) changed(d, c.tensor, task);
-  const Moments plain = kept.moments(c.tau_sq, 1, DType::F32);
-  e.scale = c.kept ? bounded_gain(plain) : 1;
-  Moments m = scaled(plain, e.scale);
-  if (e.dtype != DType::F32) {
-    e.scale = corrected(kept, c.tau_sq, e.scale, m.dot, e.dtype);
-    m = kept.moments(c.tau_sq, e.scale, e.dtype);
-  }
-  e.set_bits = e.published_bits = c.kept;
-  e.tau_sq = m.tau_sq;
-  e.dot = m.dot;
-  e.approx_sq = m.approx_sq;
-  if (d.recipe.code_ternary) return code_ternary(mask.data(), signs.data(), c.elements);
-  std::string raw(mask.begin(), mask.end());
-  return raw.append(signs.begin(), signs.end());
-}
+// Which elements of a unit, or of a chunk alone, are kept.
+class Selection {
+ public:
+  explicit Selection(const Cut& cut) : cut_(cut) {}
 
-void sparsify_task(Draft& d, uint32_t task, const Options& options) {
-  std::vector<Candidate> candidates;
-  uint64_t elements = 0;  // of the whole task vector
-  for (uint32_t i = 0; i < d.tensors.size(); ++i) {
-    const DraftTensor& t = d.tensors[i];
-    const Coding coding = t.entries[task].record.coding;
-    if (t.record.alias != kNone) continue;
-    if (coding == Coding::Ternary) {
-      candidates.emplace_back();
-      candidates.back().tensor = i;
-      candidates.back().elements = t.elements();
-    } else if (coding == Coding::Base && is_arithmetic(t.record.dtype)) {
-      elements += t.elements();
+  // Those of the group of 64, or fewer, from element `at` of the chunk on, as bits, and those that are negative.
+  std::pair<uint64_t, uint64_t> group(const Chunk& chunk, uint64_t at) {
+    const uint64_t n = std::min<uint64_t>(64, chunk.n - at);
+    uint64_t kept = 0, same = 0, negative = 0;
+    for (uint64_t j = 0; j < n; ++j) {
+      const uint32_t bits = chunk.bits[at + j];
+      largest_ = std::max(largest_, bits);
+      kept |= uint64_t{bits > cut_.bits} << j;
+      same |= uint64_t{bits == cut_.bits} << j;
+      negative |= uint64_t{chunk.tau[at + j] < 0} << j;
     }
+    above_ += static_cast<uint64_t>(__builtin_popcountll(kept));
+    for (; cut_.ties && same; same &= same - 1, ++equal_) {
+      due_ += cut_.ties;
+      if (due_ < cut_.equal) continue;
+      due_ -= cut_.equal;
+      ++ties_;
+      kept |= same & -same;
+    }
+    return {kept, negative & kept};
   }
-  parallel_for(candidates.size(), options.threads, watch(options, "looking at magnitudes"), [&](uint64_t i, unsigned) {
-    FloatEnvironment in_this_thread;
-    look_at(d, task, candidates[i]);
-  });
-  for (const Candidate& c : candidates) {
-    if (!c.finite) d.leave_out(d.tensors[c.tensor].entries[task].record, !c.base_finite);
-  }
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
-                                  [](const Candidate& c) { return !c.finite; }),
-                   candidates.end());
-  for (const Candidate& c : candidates) elements += c.elements;
-  share(d, task, static_cast<double>(elements), candidates);
 
-  // Planes go to the file in order, as soon as those before them are there.
-  const PlaneCoding coding = d.recipe.code_ternary ? PlaneCoding::Gaps : PlaneCoding::Raw;
-  std::mutex mutex;
-  std::map<uint64_t, std::string> waiting;
-  uint64_t next = 0;
-  parallel_for(candidates.size(), options.threads, watch(options, "coding ternary planes"), [&](uint64_t i, unsigned) {
-    FloatEnvironment in_this_thread;
-    const Candidate& c = candidates[i];
-    std::string plane = encode_tensor(d, task, c, d.tensors[c.tensor].entries[task].record);
-    std::lock_guard lock(mutex);
-    waiting.emplace(i, std::move(plane));
-    for (auto it = waiting.begin(); it != waiting.end() && it->first == next; ++next) {
-      const Candidate& ready = candidates[next];
-      d.tensors[ready.tensor].entries[task].record.plane = d.append(
-          PlaneKind::Ternary, coding, it->second, 2 * ((ready.elements + 7) / 8));
-      it = waiting.erase(it);
+  // Adds what was met.
+  void add_to(Cut& found) const {
+    found.above += above_;
+    found.equal += equal_;
+    found.ties += ties_;
+    found.bits = std::max(found.bits, largest_);
+  }
+
+ private:
+  const Cut& cut_;
+  uint32_t largest_ = 0;
+  uint64_t above_ = 0, equal_ = 0, ties_ = 0, due_ = 0;
+};
+
+// The planes of one task.
+class Sparsifier {
+ public:
+  Sparsifier(Draft& d, uint32_t task, const Options& options) : d_(d), task_(task), options_(options) {}
+
+  void run() {
+    uint64_t elements = 0;  // of the whole task vector
+    for (uint32_t i = 0; i < d_.tensors.size(); ++i) {
+      const DraftTensor& t = d_.tensors[i];
+      const Coding coding = entry(i).coding;
+      if (t.record.alias != kNone) continue;
+      if (coding == Coding::Ternary) {
+        candidates_.emplace_back();
+        candidates_.back().tensor = i;
+        candidates_.back().elements = t.elements();
+      } else if (coding == Coding::Base && is_arithmetic(t.record.dtype)) {
+        elements += t.elements();
+      }
     }
-  });
-}
+    look();
+    for (const Candidate& c : candidates_) {
+      if (!c.finite) d_.leave_out(entry(c.tensor), !c.base_finite);
+    }
+    candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(),
+                                     [](const Candidate& c) { return !c.finite; }),
+                      candidates_.end());
+    for (const Candidate& c : candidates_) elements += c.elements;
+    share(d_, task_, static_cast<double>(elements), candidates_);
+    find_cuts();
+    const uint64_t begin = d_.end;
+    write();
+    if (d_.recipe.code_ternary) code(begin);
+  }
+
+ private:
+  EntryRecord& entry(uint32_t tensor) { return d_.tensors[tensor].entries[task_].record; }
+  const DraftTensor& tensor(const Candidate& c) const { return d_.tensors[c.tensor]; }
+
+  // Runs visit(candidate, unit), and finish(candidate) once its last unit is done.
+  template <class Visit, class Finish>
+  void for_each_unit(const char* step, Visit visit, Finish finish) {
+    std::vector<std::pair<Candidate*, uint64_t>> items;
+    for (Candidate& c : candidates_) {
+      for (uint64_t unit = 0; unit < c.units(); ++unit) items.emplace_back(&c, unit);
+    }
+    std::vector<std::atomic<uint64_t>> done(candidates_.size());
+    parallel_for(items.size(), options_.threads, watch(options_, step), [&](uint64_t i, unsigned) {
+      FloatEnvironment in_this_thread;
+      auto [c, unit] = items[i];
+      visit(*c, unit);
+      if (++done[static_cast<size_t>(c - candidates_.data())] == c->units()) finish(*c);
+    });
+  }
+
+  template <class Visit>
+  void for_each_chunk_of(const Candidate& c, uint64_t unit, Visit visit) const {
+    for_each_chunk(d_, tensor(c), task_, unit * kUnit, std::min((unit + 1) * kUnit, c.elements), visit);
+  }
+
+  // The first reading: magnitudes by bin, and whether all is finite.
+  void look() {
+    std::vector<std::vector<Tally>> tallies(candidates_.size());
+    const auto tallies_of = [&](const Candidate& c) -> std::vector<Tally>& {
+      return tallies[static_cast<size_t>(&c - candidates_.data())];
+    };
+    for (Candidate& c : candidates_) c.unit_tau_sq.resize(c.units());
+    for_each_unit("looking at magnitudes", [&](Candidate& c, uint64_t unit) {
+      std::vector<Tally> tally(kBins);
+      double lanes[kLanes] = {};
+      bool finite = true, base_finite = true;
+      for_each_chunk_of(c, unit, [&](const Chunk& chunk) {
+        for (uint64_t i = 0; i < chunk.n; ++i) {
+          const uint32_t bits = chunk.bits[i];
+          Tally& bin = tally[bits >> kBinShift];
+          finite &= bits < kInfinity;
+          base_finite &= is_finite(chunk.base[i]);
+          bin.count += bits != 0;
+          bin.significands += significand(bits);
+        }
+        for (uint64_t i = 0; i < chunk.n; i += kLanes) {
+          const uint64_t n = std::min<uint64_t>(kLanes, chunk.n - i);
+          for (uint64_t j = 0; j < n; ++j) lanes[j] += double(chunk.tau[i + j]) * chunk.tau[i + j];
+        }
+      });
+      c.unit_tau_sq[unit] = add_lanes(lanes);
+      std::lock_guard lock(mutex_);
+      c.finite &= finite;
+      c.base_finite &= base_finite;
+      std::vector<Tally>& all = tallies_of(c);
+      if (all.empty()) {
+        all = std::move(tally);
+        return;
+      }
+      for (uint32_t bin = 0; bin < kBins; ++bin) {
+        all[bin].count += tally[bin].count;
+        all[bin].significands += tally[bin].significands;
+      }
+    }, [&](Candidate& c) {
+      const std::vector<Tally> all = std::move(tallies_of(c));
+      if (!c.finite) return;
+      for (double tau_sq : c.unit_tau_sq) c.tau_sq += tau_sq;
+      uint64_t kept = 0;
+      for (uint32_t bin = kBins; bin-- > 0;) {
+        if (!all[bin].count) continue;
+        kept += all[bin].count;
+        c.bins.push_back({bin, kept, sum_of(bin, all[bin].significands)});
+      }
+      find_hull(c);
+    });
+  }
+
+  // The second reading, of those tensors that do not keep whole bins: where the cut is. The scales.
+  void find_cuts() {
+    struct Inside {
+      std::vector<uint32_t> bits;    // of a tensor of one unit
+      std::vector<uint64_t> counts;  // of a larger one, by what their bits are within the bin
+    };
+    std::vector<Inside> inside(candidates_.size());
+    for_each_unit("finding what is kept", [&](Candidate& c, uint64_t unit) {
+      const Bin* const bin = last_bin(c);
+      if (!bin || bin->kept == c.kept) return;
+      std::vector<uint32_t> found;
+      for_each_chunk_of(c, unit, [&](const Chunk& chunk) {
+        for (uint64_t i = 0; i < chunk.n; ++i) {
+          if (chunk.bits[i] >> kBinShift == bin->number && chunk.bits[i]) found.push_back(chunk.bits[i]);
+        }
+      });
+      Inside& all = inside[static_cast<size_t>(&c - candidates_.data())];
+      if (c.units() == 1) {
+        all.bits = std::move(found);
+        return;
+      }
+      std::lock_guard lock(mutex_);
+      all.counts.resize(1 << kBinShift);
+      for (uint32_t bits : found) ++all.counts[bits % (1 << kBinShift)];
+    }, [&](Candidate& c) {
+      const Bin* const bin = last_bin(c);
+      if (!bin) return;
+      Inside all = std::move(inside[static_cast<size_t>(&c - candidates_.data())]);
+      for (const Bin* b = c.bins.data(); b < bin; ++b) c.cut.sum += b->sum;
+      const uint64_t before = bin == c.bins.data() ? 0 : bin[-1].kept;
+      if (bin->kept == c.kept) {
+        c.cut.bits = std::max(bin->number << kBinShift, 1u) - 1;
+        c.cut.above = c.kept;
+        c.cut.sum += bin->sum;
+      } else {
+        const uint64_t above = c.units() == 1 ? cut_among(c, all.bits, c.kept - before)
+                                              : cut_by(c, all.counts, bin->number, c.kept - before);
+        c.cut.sum += sum_of(bin->number, above);
+        c.cut.above += before;
+      }
+      c.scale = scale_of(c);
+    });
+  }
+
+  // The bin in which what is kept ends; null where nothing is.
+  static const Bin* last_bin(const Candidate& c) {
+    const Bin* bin = c.bins.data();
+    if (!c.kept) return nullptr;
+    while (bin->kept < c.kept) ++bin;
+    return bin;
+  }
+
+  // Sets the cut where the `wanted` largest of a bin are kept, by their bits, or by how many have which. Gives
+  // the significands of those above it.
+  uint64_t cut_among(Candidate& c, std::vector<uint32_t>& bits, uint64_t wanted) const {
+    if (bits.size() < wanted) changed(d_, c.tensor, task_);
+    const auto last = bits.begin() + static_cast<ptrdiff_t>(wanted - 1);
+    std::nth_element(bits.begin(), last, bits.end(), std::greater<>());
+    c.cut.bits = *last;
+    uint64_t significands = 0;
+    for (uint32_t b : bits) {
+      c.cut.equal += b == c.cut.bits;
+      if (b <= c.cut.bits) continue;
+      ++c.cut.above;
+      significands += significand(b);
+    }
+    c.cut.ties = wanted - c.cut.above;
+    return significands;
+  }
+
+  uint64_t cut_by(Candidate& c, const std::vector<uint64_t>& counts, uint32_t bin, uint64_t wanted) const {
+    uint64_t significands = 0;
+    for (uint32_t low = 1 << kBinShift; low-- > 0;) {
+      const uint64_t count = counts[low];
+      c.cut.bits = bin << kBinShift | low;
+      if (c.cut.above + count >= wanted) {
+        c.cut.equal = count;
+        c.cut.ties = wanted - c.cut.above;
+        return significands;
+      }
+      c.cut.above += count;
+      significands += count * significand(c.cut.bits);
+    }
+    changed(d_, c.tensor, task_);
+  }
+
+  float scale_of(const Candidate& c) {
+    const float scale = bounded_gain({c.tau_sq, c.cut.dot(), static_cast<double>(c.kept)});
+    const DType dtype = entry(c.tensor).dtype;
+    if (dtype == DType::F32) return scale;
+    Kept sample;
+    const uint64_t step = std::max<uint64_t>(1, c.kept / kSample) * kChunk;
+    for (uint64_t first = 0; first < c.elements; first += step) {
+      Selection selection(c.cut);
+      for_each_chunk(d_, tensor(c), task_, first, std::min(first + kChunk, c.elements), [&](const Chunk& chunk) {
+        for (uint64_t at = 0; at < chunk.n; at += 64) sample.add(chunk, at, selection.group(chunk, at).first);
+      });
+    }
+    const double wanted = scaled(sample.moments(0, 1, DType::F32), scale).dot;
+    return corrected(sample, 0, scale, wanted, dtype);
+  }
+
+  // The third reading: raw planes, one after the other, and the entries.
+  void write() {
+    for (Candidate& c : candidates_) {
+      entry(c.tensor).plane = d_.reserve(PlaneKind::Ternary, 2 * ((c.elements + 7) / 8));
+      c.unit_moments.resize(c.units());
+      c.found.bits = 0;
+    }
+    for_each_unit("writing ternary planes", [&](Candidate& c, uint64_t unit) {
+      const uint64_t n = std::min(kUnit, c.elements - unit * kUnit);
+      const EntryRecord& e = entry(c.tensor);
+      std::vector<uint64_t> mask((n + 63) / 64), signs(mask.size());
+      Selection selection(c.cut);
+      Kept kept;
+      for_each_chunk_of(c, unit, [&](const Chunk& chunk) {
+        for (uint64_t at = 0; at < chunk.n; at += 64) {
+          const uint64_t group = (chunk.first + at) % kUnit / 64;
+          std::tie(mask[group], signs[group]) = selection.group(chunk, at);
+          if (e.dtype != DType::F32) kept.add(chunk, at, mask[group]);
+        }
+      });
+      const uint64_t size = (n + 7) / 8, half = (c.elements + 7) / 8;
+      const uint64_t to = d_.planes[e.plane].record.offset + unit * (kUnit / 8);
+      d_.write(mask.data(), size, to);
+      d_.write(signs.data(), size, to + half);
+      GapCounts gaps{};
+      for (uint64_t at = 0; d_.recipe.code_ternary && at < n; at += kTernaryBlock) {
+        TernaryCoder::count(reinterpret_cast<const uint8_t*>(mask.data()) + at / 8,
+                            std::min(kTernaryBlock, n - at), gaps);
+      }
+      c.unit_moments[unit] = kept.moments(0, c.scale, e.dtype);
+      std::lock_guard lock(mutex_);
+      for (uint32_t s = 0; s < kGapSymbols; ++s) c.gaps[s] += gaps[s];
+      selection.add_to(c.found);
+    }, [&](Candidate& c) {
+      if (c.found.bits >= kInfinity || c.found.above != c.cut.above || c.found.equal != c.cut.equal) {
+        changed(d_, c.tensor, task_);
+      }
+      c.cut.ties = c.found.ties;
+      EntryRecord& e = entry(c.tensor);
+      e.scale = c.scale;
+      e.set_bits = e.published_bits = c.cut.above + c.cut.ties;
+      Moments m = scaled({c.tau_sq, c.cut.dot(), static_cast<double>(e.set_bits)}, c.scale);
+      if (e.dtype != DType::F32) {
+        m = {c.tau_sq};
+        for (const Moments& unit : c.unit_moments) m.add(unit);
+      }
+      e.tau_sq = m.tau_sq;
+      e.dot = m.dot;
+      e.approx_sq = m.approx_sq;
+      if (!d_.recipe.code_ternary) d_.sum(e.plane);
+    });
+  }
+
+  void code(uint64_t begin) {
+    std::vector<Move> moves;
+    for (const Candidate& c : candidates_) {
+      const TernaryCoder coder(c.gaps);
+      const uint64_t blocks = (c.elements + kTernaryBlock - 1) / kTernaryBlock, elements = c.elements;
+      const uint32_t plane = entry(c.tensor).plane;
+      moves.push_back({plane, PlaneCoding::Gaps, blocks, coder.table(),
+                       [this, coder, plane, elements](uint64_t block) {
+        const uint64_t first = block * kTernaryBlock, n = std::min(kTernaryBlock, elements - first);
+        const Source source = d_.source(plane);
+        std::vector<uint8_t> mask, signs;
+        return coder.code(source.view(first / 8, (n + 7) / 8, mask),
+                          source.view((elements + 7) / 8 + first / 8, (n + 7) / 8, signs), n);
+      }});
+    }
+    pack(d_, begin, std::move(moves), options_, "coding ternary planes");
+  }
+
+  Draft& d_;
+  const uint32_t task_;
+  const Options& options_;
+  std::vector<Candidate> candidates_;
+  std::mutex mutex_;
+};
 
 }  // namespace
 
 void sparsify(Draft& draft, const Options& options) {
   for (uint32_t task = 0; task < draft.tasks.size(); ++task) {
-    if (draft.tasks[task].method == Method::Ternary) sparsify_task(draft, task, options);
+    if (draft.tasks[task].method == Method::Ternary) Sparsifier(draft, task, options).run();
   }
 }
 

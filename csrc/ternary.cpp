@@ -1,15 +1,15 @@
 #include "ternary.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 namespace tallcodec {
 namespace {
 
 constexpr uint32_t kSlotBits = kTernarySlotBits, kSlots = 1 << kSlotBits;
-constexpr uint32_t kSymbols = 68, kBitmapBytes = (kSymbols + 7) / 8;
+constexpr uint32_t kBitmapBytes = (kGapSymbols + 7) / 8;
 constexpr uint64_t kBlockHead = 16;   // bytes: count, words, two states
 
 // Gaps are coded by the three leading bits of gap + 4; the bits behind them follow as they are.
@@ -43,14 +43,9 @@ class BitWriter {
   uint32_t filled_ = 0;
 };
 
-// The gaps before the elements that are not 0, and the signs of these.
-struct Gaps {
-  std::vector<uint32_t> gaps;
-  BitWriter signs;
-};
-
-Gaps gaps_of(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
-  Gaps g;
+// Runs visit(gap, negative) on the elements of a block that are not 0: how many zeros are before each.
+template <class Visit>
+void for_each_gap(const uint8_t* mask, const uint8_t* signs, uint64_t n, Visit visit) {
   uint64_t next = 0;
   for (uint64_t first = 0; first < n; first += 64) {
     uint64_t bits = 0, negative = 0;
@@ -59,66 +54,10 @@ Gaps gaps_of(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
     std::memcpy(&negative, signs + first / 8, bytes);
     for (; bits; bits &= bits - 1) {
       const uint64_t bit = uint64_t(__builtin_ctzll(bits));
-      g.gaps.push_back(uint32_t(first + bit - next));
-      g.signs.put(negative >> bit & 1, 1);
+      visit(uint32_t(first + bit - next), negative >> bit & 1);
       next = first + bit + 1;
     }
   }
-  return g;
-}
-
-using Frequencies = std::array<uint32_t, kSymbols>;
-
-// Counts scaled to add up to kSlots: rounded, but not to 0; the commonest symbol takes the rest.
-Frequencies normalised(const Frequencies& counts, uint64_t total) {
-  Frequencies f{};
-  if (!total) return f;
-  uint32_t sum = 0;
-  for (uint32_t s = 0; s < kSymbols; ++s) {
-    if (!counts[s]) continue;
-    f[s] = uint32_t(std::max<uint64_t>(1, (uint64_t{counts[s]} * kSlots + total / 2) / total));
-    sum += f[s];
-  }
-  *std::max_element(f.begin(), f.end()) += kSlots - sum;
-  return f;
-}
-
-std::string table(const Frequencies& f) {
-  std::string bytes(kBitmapBytes, '\0');
-  BitWriter values;
-  for (uint32_t s = 0; s < kSymbols; ++s) {
-    if (!f[s]) continue;
-    bytes[s / 8] = char(bytes[s / 8] | 1 << s % 8);
-    values.put(f[s] - 1, kSlotBits);
-  }
-  return bytes + values.finish();
-}
-
-// Two states take turns.
-std::string code_block(Gaps& g, const Frequencies& f) {
-  const uint64_t count = g.gaps.size();
-  if (!count) return {};
-  Frequencies start{};
-  for (uint32_t s = 1; s < kSymbols; ++s) start[s] = start[s - 1] + f[s - 1];
-  std::vector<uint16_t> words;
-  uint32_t state[2] = {kLeast, kLeast};
-  for (uint64_t i = count; i-- > 0;) {
-    const uint32_t symbol = split(g.gaps[i]).symbol;
-    push_symbol(state[i % 2], f[symbol], start[symbol], kSlotBits, words);
-  }
-  std::reverse(words.begin(), words.end());
-  BitWriter extras;
-  for (uint32_t gap : g.gaps) {
-    const uint32_t extra = split(gap).extra;
-    extras.put((gap + 4) & ((1u << extra) - 1), extra);
-  }
-  std::string block;
-  append(block, uint32_t(count));
-  append(block, uint32_t(words.size()));
-  append(block, state[0]);
-  append(block, state[1]);
-  block.append(reinterpret_cast<const char*>(words.data()), words.size() * 2);
-  return block + extras.finish() + g.signs.finish();
 }
 
 // The blocks of a plane of n elements, whose head ends where its table does.
@@ -135,19 +74,62 @@ CodedBlocks blocks_of(const uint8_t* bytes, uint64_t size, uint64_t n) {
 
 }  // namespace
 
-std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n) {
-  std::vector<Gaps> blocks;
-  Frequencies counts{};
-  uint64_t total = 0;
-  for (uint64_t first = 0; first < n; first += kTernaryBlock) {
-    blocks.push_back(gaps_of(mask + first / 8, signs + first / 8, std::min(kTernaryBlock, n - first)));
-    for (uint32_t gap : blocks.back().gaps) ++counts[split(gap).symbol];
-    total += blocks.back().gaps.size();
+void TernaryCoder::count(const uint8_t* mask, uint64_t n, GapCounts& counts) {
+  for_each_gap(mask, mask, n, [&](uint32_t gap, uint64_t) { ++counts[split(gap).symbol]; });
+}
+
+// Frequencies are the counts scaled to add up to kSlots: rounded, but not to 0; the commonest symbol takes
+// the rest.
+TernaryCoder::TernaryCoder(const GapCounts& counts) {
+  const uint64_t total = std::accumulate(counts.begin(), counts.end(), uint64_t{0});
+  if (!total) return;
+  uint32_t sum = 0;
+  for (uint32_t s = 0; s < kGapSymbols; ++s) {
+    if (!counts[s]) continue;
+    frequency_[s] = uint32_t(std::max<uint64_t>(1, (counts[s] * kSlots + total / 2) / total));
+    sum += frequency_[s];
   }
-  const Frequencies f = normalised(counts, total);
-  std::vector<std::string> coded;
-  for (Gaps& g : blocks) coded.push_back(code_block(g, f));
-  return join_blocks(coded, table(f));
+  *std::max_element(frequency_.begin(), frequency_.end()) += kSlots - sum;
+  for (uint32_t s = 1; s < kGapSymbols; ++s) start_[s] = start_[s - 1] + frequency_[s - 1];
+}
+
+std::string TernaryCoder::table() const {
+  std::string bytes(kBitmapBytes, '\0');
+  BitWriter values;
+  for (uint32_t s = 0; s < kGapSymbols; ++s) {
+    if (!frequency_[s]) continue;
+    bytes[s / 8] = char(bytes[s / 8] | 1 << s % 8);
+    values.put(frequency_[s] - 1, kSlotBits);
+  }
+  return bytes + values.finish();
+}
+
+// Two states take turns.
+std::string TernaryCoder::code(const uint8_t* mask, const uint8_t* signs, uint64_t n) const {
+  std::vector<uint32_t> gaps;
+  BitWriter extras, negatives;
+  for_each_gap(mask, signs, n, [&](uint32_t gap, uint64_t negative) {
+    gaps.push_back(gap);
+    const uint32_t extra = split(gap).extra;
+    extras.put((gap + 4) & ((1u << extra) - 1), extra);
+    negatives.put(negative, 1);
+  });
+  const uint64_t count = gaps.size();
+  if (!count) return {};
+  std::vector<uint16_t> words;
+  uint32_t state[2] = {kLeast, kLeast};
+  for (uint64_t i = count; i-- > 0;) {
+    const uint32_t symbol = split(gaps[i]).symbol;
+    push_symbol(state[i % 2], frequency_[symbol], start_[symbol], kSlotBits, words);
+  }
+  std::reverse(words.begin(), words.end());
+  std::string block;
+  append(block, uint32_t(count));
+  append(block, uint32_t(words.size()));
+  append(block, state[0]);
+  append(block, state[1]);
+  block.append(reinterpret_cast<const char*>(words.data()), words.size() * 2);
+  return block + extras.finish() + negatives.finish();
 }
 
 TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
@@ -157,7 +139,7 @@ TernaryPlane::TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n)
   uint64_t bit = 0;
   for (uint32_t s = 0; s < kBitmapBytes * 8; ++s) {
     if (!(bytes[table + s / 8] >> s % 8 & 1)) continue;
-    require(s < kSymbols, "its table has symbols that no gap has");
+    require(s < kGapSymbols, "its table has symbols that no gap has");
     uint32_t frequency = 1;
     for (uint32_t b = 0; b < kSlotBits; ++b, ++bit) {
       frequency += uint32_t(bytes[table + kBitmapBytes + bit / 8] >> bit % 8 & 1) << b;

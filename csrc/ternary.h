@@ -1,6 +1,7 @@
 // Ternary planes: which elements of a tensor are 1 or -1, the gaps between them entropy coded, in blocks
 // that decode alone. docs/format.md, "Ternary planes".
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -11,9 +12,25 @@ namespace tallcodec {
 constexpr uint64_t kTernaryBlock = 262144;  // elements
 constexpr uint32_t kTernarySlotBits = 11;   // of a frequency
 
-// The coded plane of n elements: bits as a mask has them, of those that are not 0 and, among these, of
+constexpr uint32_t kGapSymbols = 68;
+using GapCounts = std::array<uint64_t, kGapSymbols>;  // of a plane, by symbol
+
+// Codes a plane, block by block: bits as a mask has them, of the elements that are not 0 and, among these, of
 // those that are -1. Spare bits are 0.
-std::string code_ternary(const uint8_t* mask, const uint8_t* signs, uint64_t n);
+class TernaryCoder {
+ public:
+  // Adds the gaps of one block of n elements.
+  static void count(const uint8_t* mask, uint64_t n, GapCounts& counts);
+
+  // `counts` are those of all blocks.
+  explicit TernaryCoder(const GapCounts& counts);
+
+  std::string table() const;  // what the plane has between its blocks' ends and its blocks
+  std::string code(const uint8_t* mask, const uint8_t* signs, uint64_t n) const;
+
+ private:
+  std::array<uint32_t, kGapSymbols> frequency_{}, start_{};
+};
 
 // A coded plane of n elements. Believes nothing: what is not sound is an Error(Status::Format).
 class TernaryPlane {

@@ -58,6 +58,7 @@ def test_saving_a_large_tensor(folder, coding):
 
 @pytest.mark.parametrize("options", [
     "", "coding='entropy'", "merge='ties'", "threshold=0.4, scale='unit-gain-row'",
+    "method='ternary', bits=1.3", "method='ternary', density=0.02, coding='raw'",
 ])  # fmt: skip
 def test_encoding_a_large_tensor(folder, options):
     code = ("tallcodec.encode('base.safetensors', {'t': 't.safetensors'}, 'o.tall', "

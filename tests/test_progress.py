@@ -37,7 +37,8 @@ class Log(list):
     ({}, ["adapting masks", "encoding"]),
     ({"threshold": 0.4, "coding": "entropy"}, ["encoding", "coding masks"]),
     ({"merge": "ties", "threshold": 0.4}, ["surveying", "encoding"]),
-    ({"method": "ternary"}, ["encoding", "looking at magnitudes", "coding ternary planes"]),
+    ({"method": "ternary"}, ["encoding", "looking at magnitudes", "finding what is kept",
+                             "writing ternary planes", "coding ternary planes"]),
 ])  # fmt: skip
 def test_encoding(tmp_path, options, steps):
     base, tasks, _ = awkward(1, big=True)

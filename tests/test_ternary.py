@@ -77,6 +77,19 @@ def test_large_tensors_by_every_kernel(tmp_path, monkeypatch, kernels, threads):
         assert file == encoded(path, base, tasks, method="ternary", density=0.02, threads=1)
 
 
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.5])
+@pytest.mark.parametrize("dtype", ARITHMETIC, ids=str)
+def test_ties_and_scales_of_several_units(tmp_path, dtype, density):
+    """What units of a large tensor share: the cut, its ties, and a scale from a sample."""
+    base = {"w": normal((1200, 1000), 1, dtype)}
+    tuned = base["w"].astype(np.float32) + normal((1200, 1000), 2, spread=0.02)
+    task = {"w": tuned.astype(dtype)}
+    options = {"method": "ternary", "density": density, "coding": "raw"}
+    file = encoded(tmp_path / "a.tall", base, {"t": task}, threads=3, **options)
+    assert file == reference_of(base, {"t": task}, **options)
+    assert reference.read(file).entries[0][0].set_bits == pytest.approx(density * 1.2e6, abs=3)
+
+
 @pytest.mark.parametrize("n", [1, 5, 64, 1000, 262_144, 262_145])
 @pytest.mark.parametrize("density", [0, 0.01, 0.4, 1])
 def test_reference_coding(n, density):
@@ -93,8 +106,8 @@ def test_log2():
 @pytest.mark.parametrize("dtype", ARITHMETIC, ids=str)
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
 def test_the_largest_elements_with_unit_gain(tmp_path, dtype, density):
-    """By independent arithmetic: one tensor keeps its ⌊p·n⌋ largest elements, ties in order, and
-    once rounded the decoded checkpoint has gain 1."""
+    """By independent arithmetic: one tensor keeps its ⌊p·n⌋ largest elements, of equals every
+    n-th, and once rounded the decoded checkpoint has gain 1."""
     base = {"w": normal((300, 200), 1, dtype, spread=0.05)}
     tuned = base["w"].astype(np.float32) + normal((300, 200), 2, spread=0.002)
     task = {"w": tuned.astype(dtype)}
@@ -104,7 +117,15 @@ def test_the_largest_elements_with_unit_gain(tmp_path, dtype, density):
     with tallcodec.open(path, "np") as file:
         decoded = file.decode("t")["w"].astype(np.float32)
     found = (decoded - base["w"].astype(np.float32)).ravel()
-    kept = np.sort(np.argsort(-np.abs(tau), kind="stable")[: math.floor(density * tau.size)])
+    count = math.floor(density * tau.size)
+    cut = np.sort(np.abs(tau))[-count]
+    kept, equal = np.abs(tau) > cut, np.flatnonzero(np.abs(tau) == cut)
+    ties = count - kept.sum()
+    assert dtype == np.float32 or 0 < ties < equal.size
+    due = [r * ties // equal.size for r in range(equal.size + 1)]
+    kept[equal[np.diff(due) > 0]] = True
+    kept = np.flatnonzero(kept)
+    assert kept.size == count
     read = reference.read(path.read_bytes())
     stored = read.signs(read.entries[0][0], tau.size)
     assert np.array_equal(np.flatnonzero(stored), kept)
@@ -176,11 +197,14 @@ def test_bad_options_leave_the_old_file(tmp_path, options, message):
     assert path.read_bytes() == b"old"
 
 
-def test_damage_is_found(tmp_path):
-    base, tasks = small_family()
+@pytest.mark.parametrize("size, coding", [(10, 0), (10_000, 3)])
+def test_damage_is_found(tmp_path, size, coding):
+    """In planes that are raw, for coded ones would be larger, and in coded ones."""
+    base, tasks = {"w": normal(size, 1)}, {"cars": {"w": normal(size, 2)}}
     path = tmp_path / "a.tall"
     file = encoded(path, base, tasks, method="ternary")
     plane = reference.read(file).planes[reference.read(file).entries[0][0].plane]
+    assert plane.coding == coding
     for at in (plane.offset, plane.offset + plane.size - 1):
         path.write_bytes(file[:at] + bytes([file[at] ^ 255]) + file[at + 1 :])
         with tallcodec.open(path, "np") as opened, pytest.raises(ChecksumError, match="ternary"):

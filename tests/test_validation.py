@@ -360,7 +360,7 @@ def test_invalid_referenced(what):
 
 
 INVALID_TERNARY = {
-    "raw but smaller": lambda e: e.plane(records.TERNARY_PLANE, coding=0),
+    "raw but smaller": lambda e: e.plane(records.TERNARY_PLANE, size=lambda x: x - 1),
     "a zstd frame": lambda e: e.plane(records.TERNARY_PLANE, coding=1),
     "of another size": lambda e: e.plane(records.TERNARY_PLANE, raw_size=lambda x: x + 1),
     "another plane by gaps": lambda e: e.plane(records.BASE, coding=3),

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 
 from ..errors import ArgumentError, FormatError
-from .formulas import FLOAT32, MOST, round_to, row_sums, segment_sums
+from .formulas import FLOAT32, MOST, UNIT, round_to, row_sums, segment_sums
 
 BLOCK = 262144  # elements
 SLOTS = 2048  # what a plane's frequencies add up to
@@ -14,6 +14,7 @@ SYMBOLS, BITMAP = 68, 9  # of gaps; bytes that say which a plane has
 LEAST = 1 << 16  # a state between symbols
 BIN_SHIFT = 19  # of the bits of a magnitude: four bits of its fraction are left
 OCTAVES, STEPS = 2 << 23, 16  # of the search for a scale
+SAMPLE, CHUNK = 1 << 18, 16384  # elements it is made on, and how many are read together
 MOST_KEPT, EQUAL = 0.9, 0.95  # a share of a tensor; the squared cosine of nearly equal magnitudes
 
 
@@ -166,24 +167,38 @@ def entropy(n, kept):
     return bits + (n - kept) * log2(n / (n - kept)) if kept < n else bits
 
 
+def bins_of(tau):
+    """(bits, count, Σ |τ|) of the bins of the magnitudes that are not 0, the largest first."""
+    bits = np.abs(tau).view(np.uint32)
+    bins = bits[bits > 0] >> BIN_SHIFT
+    counts = np.bincount(bins)
+    return [(int(b), int(counts[b]), _exact_sum(bits[bits >> BIN_SHIFT == b]))
+            for b in np.flatnonzero(counts)[::-1]]
+
+
+def _exact_sum(bits):
+    """The sum of magnitudes of one bin, by their bits: of whole numbers, then rounded once."""
+    if not bits.size:
+        return 0.0
+    exponent = int(bits[0] >> 23)
+    significands = (bits & 0x7FFFFF) | (0x800000 if exponent else 0)
+    return math.ldexp(float(int(significands.sum(dtype=np.uint64))), max(exponent, 1) - 150)
+
+
 def hull(tau):
     """(kept, bits, error) on the lower convex hull: for every bin of the magnitudes, the largest
     first, where one more than doubles what is kept for every doubling in it, and for the most
     that is kept."""
     tau_sq = row_sums(tau, np.zeros_like(tau), 1)[0][0]
-    magnitudes = np.abs(tau)
-    magnitudes = magnitudes[magnitudes > 0]
-    bins = magnitudes.view(np.uint32) >> BIN_SHIFT
-    counts, sums = np.bincount(bins), np.bincount(bins, magnitudes.astype(np.float64))
     candidates, kept, total, most = [], 0, 0.0, int(MOST_KEPT * tau.size)
-    for b in np.flatnonzero(counts)[::-1]:
-        count, mean, k = int(counts[b]), float(sums[b]) / float(counts[b]), max(1, 2 * kept)
+    for _, count, bin_sum in bins_of(tau):
+        mean, k = bin_sum / float(count), max(1, 2 * kept)
         while k < kept + count and k < most:
             candidates.append((k, total + float(k - kept) * mean))
             k *= 2
         if kept < most < kept + count:
             candidates.append((most, total + float(most - kept) * mean))
-        kept, total = kept + count, total + float(sums[b])
+        kept, total = kept + count, total + bin_sum
         candidates.append((kept, total))
     points = []
     for kept, total in candidates:
@@ -227,36 +242,74 @@ def share(hulls, sizes, elements, bits, density, least_bits=False):
     return kept
 
 
+def cut_of(tau, kept):
+    """(bits, ties, equal, A): kept are the magnitudes of more than these bits and so many of those
+    that equal them; A is the sum of the former."""
+    total, left = 0.0, kept
+    for number, count, bin_sum in bins_of(tau):
+        if count == left:
+            return max(number << BIN_SHIFT, 1) - 1, 0, 1, total + bin_sum
+        if count > left:
+            bits = np.abs(tau).view(np.uint32)
+            bits = np.sort(bits[(bits >> BIN_SHIFT == number) & (bits > 0)])[::-1]
+            cut = bits[left - 1]
+            above = bits[bits > cut]
+            ties, equal = left - above.size, int((bits == cut).sum())
+            return int(cut), ties, equal, total + _exact_sum(above)
+        total, left = total + bin_sum, left - count
+    return 0x7F800000, 0, 1, 0.0
+
+
+def select(tau, cut, ties, equal, part=UNIT):
+    """Which elements are kept: of those that equal the cut, evenly spread, `ties` of `equal` in
+    every part of the tensor, rounded down."""
+    bits = np.abs(tau).view(np.uint32)
+    kept = bits > cut
+    for at in range(0, tau.size, part):
+        same = at + np.flatnonzero(bits[at : at + part] == cut)
+        due = np.arange(same.size + 1) * ties // equal
+        kept[same[due[1:] > due[:-1]]] = True
+    return kept
+
+
 def encode(base, task, kept):
     """(vector of −1, 0, 1; fields of the entry) of one tensor that keeps so many elements."""
     b = base.ravel().astype(np.float32)
     tau = task.ravel().astype(np.float32) - b
-    order = np.sort(np.argsort(-np.abs(tau), kind="stable")[:kept])
-    b_kept, tau_kept = b[order], tau[order]
-    negative = tau_kept < 0
     tau_sq = row_sums(tau, np.zeros_like(tau), 1)[0][0]
+    cut, ties, equal, above = cut_of(tau, kept)
+    chosen = select(tau, cut, ties, equal)
+    signs = np.where(chosen, np.where(tau < 0, -1, 1), 0).astype(np.int8)
 
-    def sums(scale, dtype):
-        step = np.where(negative, -np.float32(scale), np.float32(scale))
+    def sums(elements, scale, dtype=FLOAT32):
+        """Σ τ·τ̂ and Σ τ̂² over elements, by number."""
+        step = np.float32(scale) * signs[elements].astype(np.float32)
         if dtype != FLOAT32:
-            step = round_to(b_kept + step, dtype).astype(np.float32) - b_kept
-        _, dot, approx_sq = segment_sums(tau_kept, step) if kept else (0, 0.0, 0.0)
-        return np.array([tau_sq, dot, approx_sq])
+            step = round_to(b[elements] + step, dtype).astype(np.float32) - b[elements]
+        return segment_sums(tau[elements], step)[1:] if elements.size else np.zeros(2)
 
-    plain = sums(1, FLOAT32)
     scale = np.float32(1)
+    dot = above + ties * float(_float(cut)) if ties else above
     if kept:
         largest = float(np.finfo(np.float32).max)
-        scale = np.float32(min(tau_sq / plain[1], MOST * (plain[1] / plain[2]), largest))
+        scale = np.float32(min(tau_sq / dot, MOST * (dot / float(kept)), largest))
+    count = int(chosen.sum())
+    spread = count - int((np.abs(tau).view(np.uint32) > cut).sum())
+    dot = above + spread * float(_float(cut)) if ties else above
     g = float(scale)
-    total = np.array([tau_sq, g * plain[1], (g * plain[2]) * g])
+    total = g * dot, (g * float(count)) * g
+    if task.dtype != FLOAT32 and kept:
+        step = max(1, kept // SAMPLE) * CHUNK
+        near = select(tau, cut, ties, equal, CHUNK)
+        sample = np.concatenate([at + np.flatnonzero(near[at : at + CHUNK])
+                                 for at in range(0, tau.size, step)])
+        scale = corrected(lambda g: sums(sample, g, task.dtype)[0], scale, g * sums(sample, 1)[0])
     if task.dtype != FLOAT32:
-        scale = corrected(lambda g: sums(g, task.dtype)[1], scale, g * plain[1])
-        total = sums(scale, task.dtype)
-    signs = np.zeros(tau.size, np.int8)
-    signs[order] = np.where(negative, -1, 1)
-    fields = {"scale": scale, "set_bits": kept, "published_bits": kept,
-              **dict(zip(("tau_sq", "dot", "approx_sq"), total))}
+        total = np.zeros(2)
+        for at in range(0, tau.size, UNIT):
+            total += sums(at + np.flatnonzero(chosen[at : at + UNIT]), scale, task.dtype)
+    fields = {"scale": scale, "set_bits": count, "published_bits": count,
+              "tau_sq": tau_sq, "dot": total[0], "approx_sq": total[1]}
     return signs, fields
 
 

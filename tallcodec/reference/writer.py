@@ -173,13 +173,11 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
         entries[k, i]["scales_plane"] = out.plane(SCALES, row_scales, used)
         entries[k, i] |= statistics
     for (k, i), (signs, fields) in sparse.items():
-        raw_size = 2 * -(-base[names[i]].size // 8)
         entries[k, i] |= fields
-        if coding == "raw":
-            entries[k, i]["plane"] = out.plane(TERNARY_PLANE, ternary.raw(signs))
-        else:
-            entries[k, i]["plane"] = out.plane(TERNARY_PLANE, ternary.code(signs), coding=GAPS,
-                                               raw_size=raw_size)
+        plane, options = ternary.raw(signs), {}
+        if coding != "raw" and len(coded := ternary.code(signs)) < len(plane):
+            plane, options = coded, {"coding": GAPS, "raw_size": len(plane)}
+        entries[k, i]["plane"] = out.plane(TERNARY_PLANE, plane, **options)
     for (k, i), (kind, _) in codings.items():
         if kind == AS_IS:
             entries[k, i]["plane"] = out.compressed(VERBATIM, states[k][names[i]].tobytes())

@@ -37,7 +37,22 @@ Plane random_plane(std::mt19937_64& random, uint64_t n, double density) {
   return p;
 }
 
-std::string code(const Plane& p) { return code_ternary(p.mask.data(), p.signs.data(), p.n); }
+std::string code(const Plane& p) {
+  GapCounts counts{};
+  const auto for_each_block = [&](auto visit) {
+    for (uint64_t at = 0; at < p.n; at += kTernaryBlock) {
+      visit(&p.mask[at / 8], &p.signs[at / 8], std::min(kTernaryBlock, p.n - at));
+    }
+  };
+  for_each_block([&](const uint8_t* mask, const uint8_t*, uint64_t n) { TernaryCoder::count(mask, n, counts); });
+  const TernaryCoder coder(counts);
+  std::string ends, blocks;
+  for_each_block([&](const uint8_t* mask, const uint8_t* signs, uint64_t n) {
+    blocks += coder.code(mask, signs, n);
+    append(ends, uint64_t{blocks.size()});
+  });
+  return ends + coder.table() + blocks;
+}
 
 // Decodes a copy of exactly the bytes' size, all blocks; false where it is not sound.
 bool decode(const std::string& coded, uint64_t n, Plane& to) {
