@@ -356,12 +356,13 @@ PYBIND11_MODULE(_core, m) {
                          Reason(reason), source(from));
            })
       .def("run",
-           [](Encoder& e, unsigned threads, py::object progress) {
+           [](Encoder& e, unsigned threads, py::object progress, bool drop_cache) {
              Options o = options(threads, true, py::none(), std::move(progress));
+             o.drop_cache = drop_cache;
              py::gil_scoped_release release;
              e.run(o);
            },
-           py::arg("threads"), py::arg("progress") = py::none())
+           py::arg("threads"), py::arg("progress") = py::none(), py::arg("drop_cache") = false)
       .def("verbatim",
            [](const Encoder& e) {
              std::vector<std::pair<uint32_t, uint32_t>> out;
@@ -377,6 +378,7 @@ PYBIND11_MODULE(_core, m) {
              e.append_verbatim(task, tensor, zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, view,
                                raw_size);
            })
+      .def("copy_verbatim", &Encoder::copy_verbatim, py::call_guard<py::gil_scoped_release>())
       .def("append_file_plane",
            [](Encoder& e, bool zstd, std::string_view bytes, uint64_t raw_size) {
              py::gil_scoped_release release;

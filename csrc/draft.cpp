@@ -1,6 +1,8 @@
 // Planes, where they go, and the index that names them.
 #include "draft.h"
 
+#include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -80,6 +82,17 @@ uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view byte
   if (bytes.empty()) return kNone;
   uint32_t id = reserve(kind, coding, bytes.size(), raw_size);
   put(id, 0, bytes.data(), bytes.size());
+  return id;
+}
+
+uint32_t Draft::copy(PlaneKind kind, const Source& source, uint64_t size) {
+  if (!size) return kNone;
+  const uint32_t id = reserve(kind, size);
+  std::vector<uint8_t> buffer;
+  for (uint64_t at = 0; at < size; at += kCopyChunk) {
+    const uint64_t part = std::min(size - at, kCopyChunk);
+    put(id, at, source.view(at, part, buffer), part);
+  }
   return id;
 }
 
@@ -251,6 +264,47 @@ uint64_t Draft::finish() {
   return file_size;
 }
 
+namespace {
+
+// Whether a byte of a file is in the page cache, as far as it can be told without waiting for it.
+bool is_cached(int fd, uint64_t position) {
+  char byte;
+  const iovec to{&byte, 1};
+  return ::preadv2(fd, &to, 1, static_cast<off_t>(position), RWF_NOWAIT) == 1;
+}
+
+// Runs visit(file descriptor, position, size) on what some units, to the one that is read, are in the files.
+template <class Visit>
+void for_each_range(const Reading& r, uint64_t first_unit, Visit visit) {
+  const uint64_t first = first_unit * kUnit, n = std::min((r.unit + 1) * kUnit, r.tensor.elements()) - first;
+  const auto range = [&](const Source& source, DType dtype) {
+    if (source.fd >= 0) visit(source.fd, source.offset + first * size_of(dtype), n * size_of(dtype));
+  };
+  range(r.tensor.base, r.tensor.record.dtype);
+  for (uint32_t k : r.tasks) range(r.tensor.entries[k].source, r.tensor.entries[k].record.dtype);
+}
+
+}  // namespace
+
+// These are only hints: where they cannot be followed, nothing is lost.
+
+void Reading::will_be() const {
+  for_each_range(*this, unit, [](int fd, uint64_t position, uint64_t size) {
+    if (is_cached(fd, position + size - 1)) return;
+    ::posix_fadvise(fd, static_cast<off_t>(position), static_cast<off_t>(size), POSIX_FADV_WILLNEED);
+  });
+}
+
+void Reading::has_been() const {
+  // The cache keeps what units share, so in the end all of them are named.
+  const uint64_t first = unit + 1 == tensor.units() ? 0 : unit;
+  for_each_range(*this, first, [](int fd, uint64_t position, uint64_t size) {
+    const uint64_t before = position % 4096;  // of a page that the tensor before has begun
+    ::posix_fadvise(fd, static_cast<off_t>(position - before), static_cast<off_t>(size + before),
+                    POSIX_FADV_DONTNEED);
+  });
+}
+
 std::string who(const Draft& d, const DraftTensor& t, uint32_t task) {
   return task == kNone ? text("base, tensor '", t.name, "'")
                        : text("task '", d.tasks[task].name, "', tensor '", t.name, "'");
@@ -259,8 +313,7 @@ std::string who(const Draft& d, const DraftTensor& t, uint32_t task) {
 void Values::open(const Draft& draft, const DraftTensor& tensor) {
   draft_ = &draft;
   tensor_ = &tensor;
-  tasks_ = tensor.coded();
-  tasks_.resize(tasks_.size() / draft.recipe.trials);
+  tasks_ = draft.read_tasks(tensor);
   task.resize(tasks_.size());
   dtype.clear();
   for (uint32_t k : tasks_) dtype.push_back(tensor.entries[k].record.dtype);

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "encode.h"
+#include "float_environment.h"
+#include "parallel.h"
 
 namespace tallcodec {
 
@@ -37,6 +39,7 @@ struct DraftTensor {
     return std::accumulate(shape.begin(), shape.end(), uint64_t{1}, std::multiplies<>());
   }
   uint64_t rows() const { return shape.size() < 2 ? 1 : shape[0]; }
+  uint64_t units() const { return (elements() + kUnit - 1) / kUnit; }
   // The tasks that are coded against the shared vector, of all trials.
   std::vector<uint32_t> coded() const {
     std::vector<uint32_t> tasks;
@@ -73,6 +76,12 @@ struct Draft {
   uint64_t masks = 0;             // where the masks begin
   const Kernels* kernels = nullptr;
 
+  // The tasks that are coded against a tensor's shared vector and whose values are read: of the first trial.
+  std::vector<uint32_t> read_tasks(const DraftTensor& t) const {
+    std::vector<uint32_t> tasks = t.coded();
+    tasks.resize(tasks.size() / recipe.trials);
+    return tasks;
+  }
   // Reserves the planes of base, shared vectors and masks: one task's masks lie together.
   void place();
   uint32_t reserve(PlaneKind kind, PlaneCoding coding, uint64_t size, uint64_t raw_size);
@@ -88,6 +97,7 @@ struct Draft {
   void sum(uint32_t plane);
   Source source(uint32_t plane) const { return {nullptr, fd, planes[plane].record.offset}; }
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
+  uint32_t copy(PlaneKind kind, const Source& source, uint64_t size);
   // Ends the file at `size`. Dropped planes from `begin` on were behind it, or between what moved up.
   void truncate(uint64_t begin, uint64_t size);
   // What was reserved for the plane becomes a free range; its name becomes kNone.
@@ -123,6 +133,30 @@ class Values {
   std::vector<uint8_t> base_buffer_;
   std::vector<std::vector<uint8_t>> task_buffer_;
 };
+
+// A unit of a tensor that is read, of its base and these tasks.
+struct Reading {
+  const DraftTensor& tensor;
+  uint64_t unit;
+  std::vector<uint32_t> tasks;
+
+  // Tell the system that it will be read soon, or has been and is not needed any more.
+  void will_be() const;
+  void has_been() const;
+};
+
+// Runs body(item, worker) for items of which each reads what reading(item) says.
+template <class Item, class Where, class Body>
+void for_each_reading(const std::vector<Item>& items, const Options& options, const char* step, Where reading,
+                      Body body) {
+  parallel_for(items.size(), options.threads, watch(options, step), [&](uint64_t i, unsigned worker) {
+    FloatEnvironment in_this_thread;
+    const uint64_t ahead = i + std::max(1u, options.threads);
+    if (ahead < items.size()) reading(items[ahead]).will_be();
+    body(items[i], worker);
+    if (options.drop_cache) reading(items[i]).has_been();
+  });
+}
 
 // How messages name a tensor of a task, or of the base.
 std::string who(const Draft& d, const DraftTensor& t, uint32_t task = kNone);

@@ -54,12 +54,11 @@ struct Buffers {
   std::vector<float> merged;
 };
 
-void copy_base(Draft& d, const DraftTensor& t, uint64_t chunk, std::vector<uint8_t>& buffer) {
-  uint64_t position = chunk * kCopyChunk;
-  uint64_t left = t.elements() * size_of(t.record.dtype) - position;
-  uint64_t size = std::min(left, kCopyChunk);
+void copy_base(Draft& d, const DraftTensor& t, uint64_t unit, std::vector<uint8_t>& buffer) {
+  const uint64_t size = size_of(t.record.dtype), position = unit * kUnit * size;
+  const uint64_t bytes = std::min(t.elements() * size - position, kUnit * size);
   try {
-    d.put(t.record.base_plane, position, t.base.view(position, size, buffer), size);
+    d.put(t.record.base_plane, position, t.base.view(position, bytes, buffer), bytes);
   } catch (const Error& e) {
     if (e.status != Status::Read) throw;
     throw Error(e.status, text(who(d, t), ": ", e.message), e.system_error);
@@ -308,7 +307,7 @@ void Encoder::run(const Options& options) {
 
   struct Item {
     uint32_t tensor;
-    uint64_t part;  // a unit of a coded tensor, a chunk of one that is only copied
+    uint64_t unit;
   };
   std::vector<Item> items;
   std::vector<uint32_t> coded;
@@ -320,8 +319,7 @@ void Encoder::run(const Options& options) {
     if (!t.coded().empty()) {
       coded.push_back(i);
     } else if (t.record.base_plane != kNone) {
-      uint64_t size = t.elements() * size_of(t.record.dtype);
-      for (uint64_t c = 0; c * kCopyChunk < size; ++c) items.push_back({i, c});
+      for (uint64_t u = 0; u < t.units(); ++u) items.push_back({i, u});
     }
   }
   for (;;) {
@@ -330,14 +328,16 @@ void Encoder::run(const Options& options) {
       progress[i] = std::make_unique<Progress>(d.tensors[i], d.recipe.scale == ScaleMode::UnitGainRow);
       for (uint64_t u = 0; u < progress[i]->units; ++u) items.push_back({i, u});
     }
-    parallel_for(items.size(), options.threads, watch(options, "encoding"), [&](uint64_t item, unsigned worker) {
-      FloatEnvironment in_this_thread;
-      auto [tensor, part] = items[item];
-      const DraftTensor& t = d.tensors[tensor];
-      if (progress[tensor]) {
-        encode_unit(d, t, found, *progress[tensor], part, buffers[worker]);
+    const auto reading = [&](const Item& item) {
+      const DraftTensor& t = d.tensors[item.tensor];
+      return Reading{t, item.unit, d.read_tasks(t)};
+    };
+    for_each_reading(items, options, "encoding", reading, [&](const Item& item, unsigned worker) {
+      const DraftTensor& t = d.tensors[item.tensor];
+      if (progress[item.tensor]) {
+        encode_unit(d, t, found, *progress[item.tensor], item.unit, buffers[worker]);
       } else {
-        copy_base(d, t, part, buffers[worker].copied);
+        copy_base(d, t, item.unit, buffers[worker].copied);
       }
     });
     items.clear();
@@ -370,6 +370,18 @@ void Encoder::append_verbatim(uint32_t task, uint32_t tensor, PlaneCoding coding
                               std::string_view bytes, uint64_t raw_size) {
   draft_->tensors.at(tensor).entries.at(task).record.plane =
       draft_->append(PlaneKind::Verbatim, coding, bytes, raw_size);
+}
+
+void Encoder::copy_verbatim(uint32_t task, uint32_t tensor) {
+  DraftTensor& t = draft_->tensors.at(tensor);
+  DraftEntry& e = t.entries.at(task);
+  const uint64_t elements = std::accumulate(e.shape.begin(), e.shape.end(), uint64_t{1}, std::multiplies<>());
+  try {
+    e.record.plane = draft_->copy(PlaneKind::Verbatim, e.source, elements * size_of(e.record.dtype));
+  } catch (const Error& error) {
+    if (error.status != Status::Read) throw;
+    throw Error(error.status, text(who(*draft_, t, task), ": ", error.message), error.system_error);
+  }
 }
 
 uint32_t Encoder::append_file_plane(PlaneCoding coding, std::string_view bytes,

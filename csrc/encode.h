@@ -57,6 +57,8 @@ class Encoder {
   std::vector<Pending> verbatim() const;  // the entries whose plane is to be appended
   void append_verbatim(uint32_t task, uint32_t tensor, PlaneCoding coding, std::string_view bytes,
                        uint64_t raw_size);
+  // The same of the entry's source, as it is.
+  void copy_verbatim(uint32_t task, uint32_t tensor);
   uint32_t append_file_plane(PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
   void add_file(uint32_t scope, std::string name, uint32_t plane);
   void add_metadata(uint32_t scope, std::string key, std::string value);

@@ -411,9 +411,9 @@ class Sparsifier {
       for (uint64_t unit = 0; unit < c.units(); ++unit) items.emplace_back(&c, unit);
     }
     std::vector<std::atomic<uint64_t>> done(candidates_.size());
-    parallel_for(items.size(), options_.threads, watch(options_, step), [&](uint64_t i, unsigned) {
-      FloatEnvironment in_this_thread;
-      auto [c, unit] = items[i];
+    const auto reading = [&](const auto& item) { return Reading{tensor(*item.first), item.second, {task_}}; };
+    for_each_reading(items, options_, step, reading, [&](const auto& item, unsigned) {
+      auto [c, unit] = item;
       visit(*c, unit);
       if (++done[static_cast<size_t>(c - candidates_.data())] == c->units()) finish(*c);
     });

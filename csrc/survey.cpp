@@ -24,18 +24,16 @@ class Surveyor {
   // Runs visit(tensor, block, worker) on every stretch of the coded tensors' values.
   template <class Visit>
   void pass(const Survey& so_far, Visit visit) {
-    std::vector<std::pair<uint32_t, uint64_t>> items;
-    for (uint32_t i = 0; i < draft_.tensors.size(); ++i) {
-      if (draft_.tensors[i].coded().empty()) continue;
-      for (uint64_t at = 0; at < draft_.tensors[i].elements(); at += kUnit) {
-        items.emplace_back(i, at);
-      }
+    std::vector<Reading> items;
+    for (const DraftTensor& t : draft_.tensors) {
+      if (t.coded().empty()) continue;
+      for (uint64_t unit = 0; unit < t.units(); ++unit) items.push_back({t, unit, draft_.read_tasks(t)});
     }
     std::vector<Values> values(workers_);
-    parallel_for(items.size(), options_.threads, watch(options_, "surveying"), [&](uint64_t item, unsigned w) {
-      auto [tensor, first] = items[item];
-      const DraftTensor& t = draft_.tensors[tensor];
-      const uint64_t end = std::min(first + kUnit, t.elements());
+    const auto itself = [](const Reading& reading) -> const Reading& { return reading; };
+    for_each_reading(items, options_, "surveying", itself, [&](const Reading& reading, unsigned w) {
+      const DraftTensor& t = reading.tensor;
+      const uint64_t first = reading.unit * kUnit, end = std::min(first + kUnit, t.elements());
       const Merger merger(draft_, t, so_far);
       values[w].open(draft_, t);
       for (uint64_t at = first; at < end; at += kStep) {

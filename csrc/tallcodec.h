@@ -98,6 +98,7 @@ struct Loaded {
 struct Options {
   unsigned threads = 1;
   bool verify = true;                // check every block of the file that is used against its checksum
+  bool drop_cache = false;           // encoding: let the page cache let go of what has been read
   const Loaded* loaded = nullptr;    // planes to use in place of the file's
   const Kernels* kernels = nullptr;  // null: the best this CPU runs
   // Called now and then by the calling thread, with what is being done and how far it is; may throw.

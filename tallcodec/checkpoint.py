@@ -143,6 +143,10 @@ class Checkpoint:
     """The small files of a Hugging Face folder, by plain name (see :func:`is_side_file`)."""
     _resources: ExitStack = field(default_factory=ExitStack, repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def close(self) -> None:
         self._resources.close()
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from .checkpoint import DTYPES, TORCH_SUFFIXES, is_side_file, torch_dtype
 from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError
+from .machine import memory
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -338,6 +339,9 @@ def _synced_file(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+        if os.fstat(file.fileno()).st_size > memory() // 2:
+            # Little else would be left in the page cache.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _place(temporary: Path, path: Path, overwrite: bool) -> None:

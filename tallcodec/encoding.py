@@ -20,8 +20,8 @@ from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
 from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
+from .machine import check_threads, memory
 from .progress import Progress, check_progress
-from .threads import check_threads
 from .thresholds import (
     BITS_GRID,
     GRID,
@@ -38,6 +38,7 @@ METHODS = ("tall", "magnitude", "ternary")
 BITS = 0.6  # per parameter and task, of ternary planes: docs/benchmarks.md says what that keeps
 DENSITY = 0.2  # of TIES, and of magnitude masks as published
 SCALES = ("auto", *numbers.SCALES)
+_COMPRESSED = 64 << 20  # bytes at most of a verbatim tensor that is compressed, in memory
 # Whether masks, and ternary planes, are entropy coded.
 CODINGS = {"auto": (False, True), "raw": (False, False), "entropy": (True, True)}
 
@@ -209,6 +210,11 @@ class _Family(NamedTuple):
     threads: int
     progress: Progress | None
 
+    @property
+    def drop_cache(self) -> bool:
+        """Whether what has been read is to leave the page cache, where it would not stay anyway."""
+        return sum(c.nbytes for c in (self.base, *self.tasks)) > memory() // 2
+
     def encode(
         self, file: BinaryIO, name: str, thresholds: Iterable[tuple[str, float]], recipe: dict
     ) -> _core.Encoder:
@@ -222,7 +228,7 @@ class _Family(NamedTuple):
             encoder.add_task(task, threshold, ternary)
         names = _names(self.base, self.tasks)
         _plan(encoder, names, self, trials)
-        encoder.run(self.threads, self.progress)
+        encoder.run(self.threads, self.progress, self.drop_cache)
         _append_verbatim(encoder, names, self.tasks)
         return encoder
 
@@ -541,7 +547,11 @@ def _append_verbatim(
     encoder: _core.Encoder, names: list[str], tasks: list[Checkpoint]
 ) -> None:
     for task, tensor in encoder.verbatim():
-        raw = tasks[task % len(tasks)].tensors[names[tensor]].read().data
+        found = tasks[task % len(tasks)].tensors[names[tensor]]
+        if found.nbytes > _COMPRESSED:
+            encoder.copy_verbatim(task, tensor)
+            continue
+        raw = found.read().data
         zstd, stored = _compress(raw)
         encoder.append_verbatim(task, tensor, zstd, stored, len(raw))
 

@@ -26,8 +26,8 @@ from .errors import (
     TensorNotFoundError,
 )
 from .info import FileInfo, Verification, read_info
+from .machine import check_threads
 from .progress import Progress, check_progress
-from .threads import check_threads
 
 _DTYPE_NAMES = {number: name for name, number in numbers.DTYPES.items()}
 

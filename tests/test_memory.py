@@ -1,6 +1,9 @@
 """What operations take in memory, whatever the size of a tensor: each in its own process, pages
-of mapped files counted."""
+of mapped files counted. What they leave in the page cache."""
 
+import ctypes
+import mmap
+import os
 import subprocess
 import sys
 
@@ -33,6 +36,7 @@ def folder(tmp_path_factory):
     task = {"w": base["w"] + np.resize(normal(999_983, 2, spread=0.01), ELEMENTS).reshape(1000, -1)}
     write_safetensors(folder / "base.safetensors", base)
     write_safetensors(folder / "t.safetensors", task)
+    write_safetensors(folder / "flat.safetensors", {"w": task["w"].reshape(-1)})
     for coding in ("raw", "entropy"):
         tallcodec.encode(base, {"t": task}, folder / f"{coding}.tall", coding=coding)
     return folder
@@ -64,3 +68,47 @@ def test_encoding_a_large_tensor(folder, options):
     code = ("tallcodec.encode('base.safetensors', {'t': 't.safetensors'}, 'o.tall', "
             f"overwrite=True, {options})")  # fmt: skip
     assert peak_of(folder, code) < 128 * MIB
+
+
+@pytest.mark.parametrize("coding", ["raw", "entropy"])
+def test_a_large_tensor_that_is_stored_as_it_is(folder, coding):
+    """Of another shape than the base's: too large to be compressed in memory."""
+    code = ("tallcodec.encode('base.safetensors', {'t': 'flat.safetensors'}, 'v.tall', "
+            f"overwrite=True, coding='{coding}')")  # fmt: skip
+    assert peak_of(folder, code) < 128 * MIB
+    code = "tallcodec.open('v.tall', 'np').save('t', 'o.safetensors', overwrite=True)"
+    assert peak_of(folder, code) < 256 * MIB
+    assert (folder / "o.safetensors").read_bytes() == (folder / "flat.safetensors").read_bytes()
+
+
+def cached(path):
+    """The share of a file that is in the page cache."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE) as data:
+            pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+            start = ctypes.c_char.from_buffer(data)
+            mincore = ctypes.CDLL(None, use_errno=True).mincore
+            mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+            assert mincore(ctypes.addressof(start), size, pages) == 0
+            del start
+            return sum(page & 1 for page in pages) / len(pages)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ternary"}, {"merge": "ties"}], ids=str)
+def test_what_does_not_fit_leaves_the_page_cache(folder, tmp_path, monkeypatch, options):
+    inputs = [folder / "base.safetensors", folder / "t.safetensors"]
+    for path in inputs:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what is not on disk yet cannot leave it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached(path) > 0.05:
+                pytest.skip("a file system that is nothing but a cache")
+            file.read()
+    tallcodec.encode(inputs[0], {"t": inputs[1]}, tmp_path / "a.tall", **options)
+    assert min(map(cached, inputs)) > 0.99
+    monkeypatch.setattr(tallcodec.encoding, "memory", lambda: 256 * MIB)
+    monkeypatch.setattr(tallcodec.checkpoint_write, "memory", lambda: 256 * MIB)
+    tallcodec.encode(inputs[0], {"t": inputs[1]}, tmp_path / "b.tall", **options)
+    assert max(map(cached, [*inputs, tmp_path / "b.tall"])) < 0.05
+    assert (tmp_path / "a.tall").read_bytes() == (tmp_path / "b.tall").read_bytes()

@@ -1,4 +1,4 @@
-"""The `threads` argument."""
+"""What the machine has: CPUs, which the `threads` argument defaults to, and memory."""
 
 import os
 
@@ -12,3 +12,8 @@ def check_threads(threads: int | None) -> int:
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError(f"threads must be a whole number of at least 1, not {threads!r}")
     return min(threads, 1024)
+
+
+def memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
