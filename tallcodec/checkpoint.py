@@ -11,9 +11,11 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,7 @@ _SAFETENSORS_NAMES = {dtype.numpy.name: name for name, dtype in DTYPES.items()}
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
+_ZIP_RECORD = b"PK\x03\x04"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_DIMS = 64  # NumPy's limit
 _MAX_SIDE_FILE = 32 << 20
@@ -127,6 +130,35 @@ class Tensor:
         return out
 
 
+class _Inputs:
+    """The files that a checkpoint is read from, open."""
+
+    def __init__(self):
+        self._files: list[io.FileIO] = []
+
+    def open(self, path: Path) -> io.FileIO:
+        """Open an input that must exist and not be a git-lfs pointer."""
+        _require_file(path)
+        file = open(path, "rb", buffering=0)
+        self._files.append(file)
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: a git-lfs pointer, expected the weights themselves: run `git lfs pull`"
+            )
+        file.seek(0)
+        return file
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "_Inputs":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
 @dataclass(eq=False)
 class Checkpoint:
     """An open checkpoint. A context manager; closing it twice is harmless."""
@@ -141,14 +173,14 @@ class Checkpoint:
     """safetensors' ``__metadata__``, merged over shards."""
     files: dict[str, bytes] = field(default_factory=dict)
     """The small files of a Hugging Face folder, by plain name (see :func:`is_side_file`)."""
-    _resources: ExitStack = field(default_factory=ExitStack, repr=False)
+    _inputs: _Inputs = field(default_factory=_Inputs, repr=False)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def close(self) -> None:
-        self._resources.close()
+        self._inputs.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -168,12 +200,13 @@ def open_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint
     Raises CheckpointError when the source is not a usable checkpoint, ReadError when the
     operating system cannot read it.
     """
-    with ExitStack() as stack:
+    with ExitStack() as on_error:
+        inputs = on_error.enter_context(_Inputs())
         if isinstance(source, Mapping):
             checkpoint = Checkpoint("state dict", "memory", _from_memory(source, "state dict"))
         elif isinstance(source, (str, os.PathLike)):
             try:
-                checkpoint = _open_path(Path(source), stack)
+                checkpoint = _open_path(Path(source), inputs)
             except TallcodecError:
                 raise
             except OSError as error:
@@ -193,14 +226,15 @@ def open_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint
             if _LORA_NAME.search(name):
                 raise _adapter_error(checkpoint.label, f"tensor {name!r}")
         checkpoint.tensors = dict(sorted(checkpoint.tensors.items()))
-        checkpoint._resources = stack.pop_all()
+        checkpoint._inputs = inputs
+        on_error.pop_all()
         return checkpoint
 
 
-def _open_path(path: Path, stack: ExitStack) -> Checkpoint:
+def _open_path(path: Path, inputs: _Inputs) -> Checkpoint:
     label = str(path)
     if path.is_dir():
-        return _open_folder(path, stack)
+        return _open_folder(path, inputs)
     if path.name.startswith("adapter_model."):
         raise _adapter_error(label, "an adapter's file name")
     if shard := _SHARD.search(path.name):
@@ -208,11 +242,10 @@ def _open_path(path: Path, stack: ExitStack) -> Checkpoint:
             f"{label}: one shard of {int(shard[1])}, expected all of them: pass the folder"
         )
     if path.suffix == ".safetensors":
-        tensors, metadata = _open_safetensors(path, stack)
+        tensors, metadata = _open_safetensors(path, inputs)
         return Checkpoint(label, "safetensors", tensors, metadata)
     if path.suffix in TORCH_SUFFIXES:
-        state_dict = _unwrap(_load_torch(path), label)
-        return Checkpoint(label, "torch", _from_memory(state_dict, label))
+        return Checkpoint(label, "torch", _open_torch(path, inputs, _unwrap))
     _require_file(path)
     raise CheckpointError(
         f"{label}: unknown kind of checkpoint {path.suffix!r}: expected .safetensors, "
@@ -223,7 +256,7 @@ def _open_path(path: Path, stack: ExitStack) -> Checkpoint:
 # Hugging Face folders
 
 
-def _open_folder(folder: Path, stack: ExitStack) -> Checkpoint:
+def _open_folder(folder: Path, inputs: _Inputs) -> Checkpoint:
     label = str(folder)
     names = sorted(os.listdir(folder))
     for name in names:
@@ -238,23 +271,23 @@ def _open_folder(folder: Path, stack: ExitStack) -> Checkpoint:
             + hint
         )
     if weights.endswith(".index.json"):
-        tensors, metadata = _open_shards(folder / weights, stack)
+        tensors, metadata = _open_shards(folder / weights, inputs)
     else:
-        tensors, metadata = _open_weights(folder / weights, stack)
+        tensors, metadata = _open_weights(folder / weights, inputs)
     files = {name: _read_side_file(folder / name) for name in names if is_side_file(name)}
     files = {name: data for name, data in files.items() if data is not None}
     return Checkpoint(label, "folder", tensors, metadata, files)
 
 
-def _open_weights(path: Path, stack: ExitStack) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _open_weights(path: Path, inputs: _Inputs) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, stack)
-    return _from_memory(_load_torch(path), str(path)), {}
+        return _open_safetensors(path, inputs)
+    return _open_torch(path, inputs, _state_dict), {}
 
 
-def _open_shards(index: Path, stack: ExitStack) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with ExitStack() as index_only:
-        file = _open_file(index, index_only)
+def _open_shards(index: Path, inputs: _Inputs) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _Inputs() as index_only:
+        file = index_only.open(index)
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_HEADER:
             raise CheckpointError(f"{index}: an index of {size} bytes, at most {_MAX_HEADER} taken")
@@ -278,7 +311,7 @@ def _open_shards(index: Path, stack: ExitStack) -> tuple[dict[str, Tensor], dict
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard, expected in sorted(listed.items()):
-        shard_tensors, shard_metadata = _open_weights(index.parent / shard, stack)
+        shard_tensors, shard_metadata = _open_weights(index.parent / shard, inputs)
         for name in sorted(shard_tensors.keys() ^ expected):
             missing, holder = (shard, index.name) if name in expected else (index.name, shard)
             raise CheckpointError(
@@ -303,8 +336,8 @@ def _read_side_file(path: Path) -> bytes | None:
 # safetensors files
 
 
-def _open_safetensors(path: Path, stack: ExitStack) -> tuple[dict[str, Tensor], dict[str, str]]:
-    file = _open_file(path, stack)
+def _open_safetensors(path: Path, inputs: _Inputs) -> tuple[dict[str, Tensor], dict[str, str]]:
+    file = inputs.open(path)
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"{path}: truncated: {size} bytes, a safetensors file has at least 8")
@@ -390,10 +423,13 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
 # torch files
 
 
-def _load_torch(path: Path) -> Any:
-    with ExitStack() as head_only:
-        # Only the zip format can be mapped; the legacy one is read whole.
-        is_zip = _open_file(path, head_only).read(4) == b"PK\x03\x04"
+def _open_torch(
+    path: Path, inputs: _Inputs, unwrap: Callable[[Any, str], Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """The tensors of a torch file: where they lie in it, or, where one does not lie there as it is
+    in memory, in memory all of them."""
+    label = str(path)
+    file = inputs.open(path)
     try:
         import torch
     except ImportError as error:
@@ -402,7 +438,112 @@ def _load_torch(path: Path) -> Any:
             "safetensors"
         ) from error
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+        loaded = _unpickle_archive(file)
+    except TallcodecError:
+        raise
+    except Exception:  # torch.load takes it all the same, or says what is wrong
+        loaded = None
+    if loaded is not None:
+        state = unwrap(loaded, label)
+        tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        located = {name: _locate(name, tensor, file) for name, tensor in tensors.items()}
+        if all(tensor is not None for tensor in located.values()):
+            return _from_memory({**state, **located}, label)
+    return _from_memory(unwrap(_load_torch(path), label), label)
+
+
+def _unpickle_archive(file: io.FileIO) -> Any:
+    """What torch.save put into a zip archive, without the tensors' values: they are on the meta
+    device, and their storages have a `place`, where their bytes begin and end in the file.
+
+    Raises CheckpointError where those are not all there, and anything else for another file or
+    where they are not as they are in memory.
+    """
+    import torch
+
+    if os.pread(file.fileno(), 4, 0) != _ZIP_RECORD:
+        raise ValueError("the legacy format")
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        root = names[0].partition("/")[0]
+        if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
+            raise ValueError("big endian")
+        storages = {}
+
+        def load_storage(saved: tuple) -> Any:
+            _, kind, key, _, count = saved
+            if key not in storages:
+                dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+                storage = torch.UntypedStorage(count * dtype.itemsize, device="meta")
+                storage.place = _place(archive.getinfo(f"{root}/data/{key}"), file)
+                storages[key] = torch.storage.TypedStorage(
+                    wrap_storage=storage, dtype=dtype, _internal=True
+                )
+            return storages[key]
+
+        # torch.load(weights_only=True) uses it too, but reads the values with the rest.
+        unpickler = torch._weights_only_unpickler.Unpickler(
+            io.BytesIO(archive.read(f"{root}/data.pkl")), encoding="utf-8"
+        )
+        unpickler.persistent_load = load_storage
+        try:
+            return unpickler.load()
+        finally:
+            torch._utils._sparse_tensors_to_validate.clear()  # the next torch.load would, in vain
+
+
+def _place(record: zipfile.ZipInfo, file: io.FileIO) -> tuple[int, int]:
+    """Where the bytes of an archive's record begin and end in the file."""
+    if record.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("compressed")
+    size = os.fstat(file.fileno()).st_size
+    if 0 <= record.header_offset <= size - 30:
+        header = _pread(file, 30, record.header_offset).tobytes()
+        # The name and the extra field, which torch.save fills up so that the bytes are aligned.
+        begin = record.header_offset + len(header) + sum(struct.unpack_from("<HH", header, 26))
+        end = begin + record.file_size
+        if header[:4] == _ZIP_RECORD and end <= size and record.compress_size == record.file_size:
+            return begin, end
+    raise CheckpointError(
+        f"{file.name}: damaged: record {record.filename!r} of the archive is not where its "
+        "directory says; download or save it again"
+    )
+
+
+def _locate(name: str, tensor: Any, file: io.FileIO) -> Any:
+    """Where a tensor on the meta device lies in its archive, or a copy of it where its elements do
+    not lie there in order; None where what lies there is not its values as they are in memory."""
+    import torch
+
+    dtype = dtype_name(tensor.dtype)
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_nested or tensor.is_conj() or tensor.is_neg() or dtype is None:
+        return None
+    place = getattr(tensor.untyped_storage(), "place", None)
+    if place is None:
+        return None
+    shape, strides, itemsize = tuple(tensor.shape), tensor.stride(), tensor.itemsize
+    begin, end = place[0] + tensor.storage_offset() * itemsize, place[1]
+    located = Tensor(dtype, shape, file.fileno(), begin, file)
+    in_order = tensor.is_contiguous()
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    length = located.nbytes if in_order else span * itemsize
+    if begin + length > end:
+        raise CheckpointError(
+            f"{file.name}: damaged: tensor {name!r} takes {length} bytes where its storage has "
+            f"{max(0, end - begin)} left; download or save it again"
+        )
+    if in_order:
+        return located
+    elements = torch.from_numpy(_pread(file, length, begin)).view(tensor.dtype)
+    return elements.as_strided(shape, strides).contiguous()
+
+
+def _load_torch(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=False)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -415,14 +556,16 @@ def _load_torch(path: Path) -> Any:
         ) from error
 
 
+def _state_dict(loaded: Any, label: str) -> Mapping[str, Any]:
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{label}: holds a {type(loaded).__name__}, expected a state dict")
+    return loaded
+
+
 def _unwrap(loaded: Any, label: str) -> Mapping[str, Any]:
     """The state dict inside what a torch file holds, its names without wrappers' prefixes."""
     for _ in range(8):  # a pickle can hold itself
-        if not isinstance(loaded, Mapping):
-            raise CheckpointError(
-                f"{label}: holds a {type(loaded).__name__}, expected a state dict"
-            )
-        nested = [key for key, value in loaded.items() if isinstance(value, Mapping)]
+        nested = [k for k, v in _state_dict(loaded, label).items() if isinstance(v, Mapping)]
         if not nested:
             break
         wrappers = [key for key in nested if key in _WRAPPERS]
@@ -443,9 +586,8 @@ def _unwrap(loaded: Any, label: str) -> Mapping[str, Any]:
 # Tensors in memory
 
 
-def _from_memory(mapping: Any, label: str) -> dict[str, Tensor]:
-    if not isinstance(mapping, Mapping):
-        raise CheckpointError(f"{label}: holds a {type(mapping).__name__}, expected a state dict")
+def _from_memory(mapping: Mapping[str, Any], label: str) -> dict[str, Tensor]:
+    """The tensors of a state dict; what is a :class:`Tensor` already stays what it is."""
     torch = sys.modules.get("torch")  # who passes torch tensors has imported it
     memories: dict[Hashable, Any] = {}
     tensors = {}
@@ -453,6 +595,9 @@ def _from_memory(mapping: Any, label: str) -> dict[str, Tensor]:
         where = f"{label}: tensor {name!r}"
         if not isinstance(name, str) or name == "__metadata__" or _SURROGATE.search(name):
             raise CheckpointError(f"{where}: this name cannot be stored: rename it")
+        if isinstance(value, Tensor):
+            tensors[name] = value
+            continue
         if isinstance(value, (np.ndarray, np.generic)):
             value = np.asarray(value)
             describe, contiguous = _describe_numpy, _contiguous_numpy
@@ -520,18 +665,6 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(f"{path}: no such file, or a link that leads nowhere: check the path")
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a regular file")
-
-
-def _open_file(path: Path, stack: ExitStack) -> io.FileIO:
-    """Open an input that must exist and not be a git-lfs pointer; the stack closes it."""
-    _require_file(path)
-    file = stack.enter_context(open(path, "rb", buffering=0))
-    if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-        raise CheckpointError(
-            f"{path}: a git-lfs pointer, expected the weights themselves: run `git lfs pull`"
-        )
-    file.seek(0)
-    return file
 
 
 def _pread(file: io.FileIO, nbytes: int, offset: int) -> np.ndarray:

@@ -120,7 +120,7 @@ class File:
                 places.add(self._base_source)
             self._watched |= {place: os.stat(place) for place in places}
             # Not before the last decoding that uses it has ended: see close.
-            weakref.finalize(self._base, self._base._resources.close)
+            weakref.finalize(self._base, self._base._inputs.close)
         self._tasks = [task["name"] for task in self._core.tasks()]
 
     @property

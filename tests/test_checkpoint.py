@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -35,6 +36,25 @@ def raw_safetensors(path: Path, header, data=b"", length=None) -> Path:
 def entry(begin, end, dtype="U8", shape=None):
     return {"dtype": dtype, "shape": [end - begin] if shape is None else shape,
             "data_offsets": [begin, end]}
+
+
+def write_bytes(path: Path, data=b"abc") -> Path:
+    """A checkpoint with these bytes as tensor "a"."""
+    if path.suffix == ".safetensors":
+        return raw_safetensors(path, {"a": entry(0, len(data))}, data)
+    torch.save({"a": torch.tensor(list(data), dtype=torch.uint8)}, path)
+    return path
+
+
+def rezip(path: Path, change=lambda name, data: data, **options) -> Path:
+    """An archive of torch.save as another tool packs it, its records changed."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in records:
+            with archive.open(name, "w", force_zip64=True) as record:
+                record.write(change(name.partition("/")[2], data))
+    return path
 
 
 # Reading what others wrote
@@ -73,6 +93,7 @@ def test_reads_torch_files(tmp_path, state_dict, suffix, legacy):
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.kind == "torch"
         assert contents(checkpoint) == expected(state_dict)
+        assert all((tensor.fd < 0) == legacy for tensor in checkpoint.tensors.values())
 
 
 def test_reads_state_dict_of_torch_tensors(state_dict):
@@ -159,16 +180,111 @@ def test_tied_weights_of_a_torch_file(tmp_path):
         assert a == b != c
 
 
-def test_close_is_idempotent_and_final(tmp_path):
-    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 3)}, b"abc")
-    with open_checkpoint(path) as checkpoint:
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_close_is_idempotent_and_final(tmp_path, name):
+    with open_checkpoint(write_bytes(tmp_path / name)) as checkpoint:
         tensor = checkpoint.tensors["a"]
         assert tensor.read().tobytes() == b"abc"
     checkpoint.close()
-    with pytest.raises(ClosedError, match="a.safetensors"):
+    with pytest.raises(ClosedError, match=name):
         tensor.read()
     with pytest.raises(OSError):
         os.fstat(tensor.fd)
+
+
+# Torch files: where tensors lie in them
+
+
+def test_views_lie_in_their_storage(tmp_path):
+    whole = torch.arange(60, dtype=torch.int16).view(6, 10)
+    state_dict = {
+        "whole": whole, "rows": whole[2:4], "row": whole[5], "last": whole[5, 9], "none": whole[6:],
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+    }  # fmt: skip
+    torch.save(state_dict, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+        begin = checkpoint.tensors["whole"].offset
+        offsets = [checkpoint.tensors[n].offset - begin for n in ("rows", "row", "last", "none")]
+        assert offsets == [40, 100, 118, 120]
+        for tensor in checkpoint.tensors.values():
+            assert os.pread(tensor.fd, tensor.nbytes, tensor.offset) == tensor.read().tobytes()
+
+
+def test_elements_out_of_order_are_copied(tmp_path):
+    whole = torch.arange(120.0).view(2, 3, 4, 5)
+    state_dict = {
+        "last": whole.contiguous(memory_format=torch.channels_last), "transposed": whole[1, 1].T,
+        "column": whole[..., 1], "expanded": whole[0, 0, 0, :2].expand(3, 2), "plain": whole,
+        "bfloat16": whole.bfloat16().view(30, 4).T, "float8": whole.to(torch.float8_e5m2)[..., ::2],
+    }  # fmt: skip
+    torch.save(state_dict, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+        assert [name for name, tensor in checkpoint.tensors.items() if tensor.fd >= 0] == ["plain"]
+
+
+def test_archives_that_others_packed(tmp_path, state_dict):
+    torch.save(state_dict, tmp_path / "a.pt")
+    rezip(tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert contents(checkpoint) == expected(state_dict)
+        assert all(tensor.fd >= 0 for tensor in checkpoint.tensors.values())
+
+
+def big_endian(name, data):
+    if name == "byteorder":
+        return b"big"
+    return np.frombuffer(data, "<f4").astype(">f4").tobytes() if name.startswith("data/") else data
+
+
+@pytest.mark.parametrize("odd", ["compressed", "big endian", "conjugate", "negative"])
+def test_what_does_not_lie_there_as_it_is_is_loaded(tmp_path, odd):
+    path = tmp_path / "a.pt"
+    state_dict = {"a": torch.randn(1000), "b": torch.randn(3, 4)}
+    conjugate = torch.tensor([1 + 2j, 3 - 4j]).conj()  # a bit that says how to take what is stored
+    if odd in ("conjugate", "negative"):
+        state_dict["c"] = conjugate if odd == "conjugate" else conjugate.imag
+    torch.save(state_dict, path)
+    if odd == "compressed":
+        rezip(path, compression=zipfile.ZIP_DEFLATED)
+    elif odd == "big endian":
+        rezip(path, big_endian)
+    with open_checkpoint(path) as checkpoint:
+        assert contents(checkpoint) == expected(
+            {name: t.resolve_conj().resolve_neg() for name, t in state_dict.items()}
+        )
+        assert all(tensor.fd < 0 for tensor in checkpoint.tensors.values())
+
+
+def test_what_is_beside_a_state_dict_may_be_anything(tmp_path):
+    content = {"model": {"a": torch.ones(3)}, "optimizer": [torch.eye(3).to_sparse(), 1e-3],
+               "meta": torch.empty(2, device="meta")}  # fmt: skip
+    torch.save(content, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert contents(checkpoint) == expected(content["model"])
+        assert checkpoint.tensors["a"].fd >= 0
+
+
+def test_refuses_records_that_are_cut_short(tmp_path):
+    path = write_bytes(tmp_path / "a.pt")
+    rezip(path, lambda name, data: data[:2] if name == "data/0" else data)
+    with pytest.raises(CheckpointError, match="a.pt: damaged: tensor 'a' takes 3 bytes.* has 2"):
+        open_checkpoint(path)
+
+
+# Fields of a record's entry in the directory of an archive: its sizes, and where it begins.
+@pytest.mark.parametrize("fields", [(20,), (24,), (20, 24), (42,)])
+@pytest.mark.parametrize("value", [1, 1 << 20, 2**32 - 2])
+def test_never_reads_what_is_no_record(tmp_path, fields, value):
+    path = write_bytes(tmp_path / "a.pt", b"abcd")
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
+    for field in fields:
+        struct.pack_into("<I", data, entry + field, value)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="a.pt: damaged: (record 'a/data/0'|tensor 'a')"):
+        open_checkpoint(path)
 
 
 # Torch files: wrappers
@@ -406,16 +522,19 @@ def test_refuses_every_truncation(tmp_path):
             open_checkpoint(path)
 
 
-def test_file_that_shrinks_is_a_read_error(tmp_path):
-    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 9)}, b"x" * 9)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_file_that_shrinks_is_a_read_error(tmp_path, name):
+    path = write_bytes(tmp_path / name)
     with open_checkpoint(path) as checkpoint:
-        os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(ReadError, match="a.safetensors: ended at byte"):
+        os.truncate(path, checkpoint.tensors["a"].offset + 2)
+        with pytest.raises(ReadError, match=f"{name}: ended at byte"):
             checkpoint.tensors["a"].read()
 
 
-def test_failed_open_leaves_no_descriptor(tmp_path):
-    path = raw_safetensors(tmp_path / "a.safetensors", {"a": entry(0, 2)}, b"a")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_failed_open_leaves_no_descriptor(tmp_path, name):
+    path = write_bytes(tmp_path / name)
+    os.truncate(path, path.stat().st_size - 1)
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else None
     with pytest.raises(CheckpointError):
         open_checkpoint(path)
