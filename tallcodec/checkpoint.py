@@ -131,22 +131,28 @@ class Tensor:
 
 
 class _Inputs:
-    """The files that a checkpoint is read from, open."""
+    """The files that a checkpoint is read from: open, each with its stat from then."""
 
     def __init__(self):
-        self._files: list[io.FileIO] = []
+        self._files: dict[io.FileIO, os.stat_result] = {}
 
     def open(self, path: Path) -> io.FileIO:
         """Open an input that must exist and not be a git-lfs pointer."""
         _require_file(path)
         file = open(path, "rb", buffering=0)
-        self._files.append(file)
+        self._files[file] = os.fstat(file.fileno())
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise CheckpointError(
                 f"{path}: a git-lfs pointer, expected the weights themselves: run `git lfs pull`"
             )
         file.seek(0)
         return file
+
+    def check_unchanged(self) -> None:
+        for file, then in self._files.items():
+            if file.closed:
+                raise _closed_error(file)
+            refuse_changed(file.name, then, os.fstat(file.fileno()))
 
     def close(self) -> None:
         for file in self._files:
@@ -178,6 +184,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def check_unchanged(self) -> None:
+        """Raise ReadError where a file was written to since it was opened: what was read of it may
+        be of two states. One that was replaced by a rename is read as it was."""
+        self._inputs.check_unchanged()
 
     def close(self) -> None:
         self._inputs.close()
@@ -669,7 +680,7 @@ def _require_file(path: Path) -> None:
 
 def _pread(file: io.FileIO, nbytes: int, offset: int) -> np.ndarray:
     if file.closed:
-        raise ClosedError(f"{file.name}: its checkpoint was closed")
+        raise _closed_error(file)
     out = np.empty(nbytes, np.uint8)
     done = 0
     while done < nbytes:
@@ -690,6 +701,18 @@ def _read_error(path: str | os.PathLike, error: OSError) -> ReadError:
     result = ReadError(f"{path}: cannot be read: {error.strerror or error}")
     result.errno, result.filename = error.errno, os.fspath(path)
     return result
+
+
+def _closed_error(file: io.FileIO) -> ClosedError:
+    return ClosedError(f"{file.name}: its checkpoint was closed")
+
+
+def refuse_changed(label: str | os.PathLike, then: os.stat_result, now: os.stat_result) -> None:
+    """Raise ReadError where a file's stat says that it was written to in between."""
+    if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
+        raise ReadError(
+            f"{label}: was written to while it was read: read it anew when nothing writes to it"
+        )
 
 
 def _adapter_error(label: str, found: str) -> CheckpointError:

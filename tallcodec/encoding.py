@@ -126,7 +126,8 @@ def encode(
     NaN or infinity (read again, stored verbatim).
 
     Returns what :attr:`tallcodec.File.info` returns. Raises ArgumentError, CheckpointError,
-    ReadError, OutputExistsError or WriteError.
+    ReadError (also where a checkpoint's file was written to meanwhile), OutputExistsError or
+    WriteError.
     """
     _choose("merge", merge, numbers.MERGES)
     _check_tasks(tasks)
@@ -230,6 +231,8 @@ class _Family(NamedTuple):
         _plan(encoder, names, self, trials)
         encoder.run(self.threads, self.progress, self.drop_cache)
         _append_verbatim(encoder, names, self.tasks)
+        for checkpoint in (self.base, *self.tasks):
+            checkpoint.check_unchanged()
         return encoder
 
 

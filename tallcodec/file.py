@@ -13,7 +13,7 @@ from typing import Any
 import zstandard
 
 from . import _core, frameworks, numbers
-from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
+from .checkpoint import Checkpoint, open_checkpoint, refuse_changed, refuse_input_as_output
 from .checkpoint_write import Part, write_checkpoint
 from .errors import (
     ArgumentError,
@@ -101,9 +101,9 @@ class File:
         self._base_source = os.path.abspath(base) if isinstance(base, (str, os.PathLike)) else base
         try:
             with builtins.open(self._path, "rb") as file:
-                stat = os.fstat(file.fileno())
-                self._size = stat.st_size
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+                self._stat = os.fstat(file.fileno())
+                size = self._stat.st_size
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:
             message = f"{self._label}: cannot be read: {error.strerror}"
             if error.errno == errno.EISDIR:
@@ -111,14 +111,8 @@ class File:
             raise ReadError(error.errno, message) from error
         self._map = data or None
         self._core = _core.File(self._label, data)
-        self._watched: dict[str | int, os.stat_result] = {self._path: stat}
         if base is not None:
             self._base = open_checkpoint(base)
-            # Its files, and, as torch maps its own, the path.
-            places: set[str | int] = {t.fd for t in self._base.tensors.values() if t.fd >= 0}
-            if isinstance(self._base_source, str) and os.path.isfile(self._base_source):
-                places.add(self._base_source)
-            self._watched |= {place: os.stat(place) for place in places}
             # Not before the last decoding that uses it has ended: see close.
             weakref.finalize(self._base, self._base._inputs.close)
         self._tasks = [task["name"] for task in self._core.tasks()]
@@ -136,7 +130,7 @@ class File:
     @property
     def info(self) -> FileInfo:
         """What the file holds, what it costs, and how close each task comes."""
-        return read_info(self._label, self._size, self._file)
+        return read_info(self._label, self._stat.st_size, self._file)
 
     def metadata(self, task: str | None = None) -> dict[str, str]:
         """The ``__metadata__`` of a task's checkpoint, or of the base's."""
@@ -272,18 +266,14 @@ class File:
         what is read of it is no longer what was checked. One that was replaced by a rename stays as
         it was."""
         base = self._base  # kept, and so its descriptors, until this is done
-        for place, then in self._watched.items():
-            if base is None and isinstance(place, int):
-                continue
-            try:
-                now = os.stat(place)
-            except OSError:
-                continue
-            same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
-            if same and (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
-                what = self._label if place == self._path else f"{self._label}: its base"
-                message = f"{what} was written to in place since it was opened: open it again"
-                raise ReadError(errno.EIO, message)
+        if base is not None:
+            base.check_unchanged()
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            return
+        if os.path.samestat(now, self._stat):
+            refuse_changed(self._label, self._stat, now)
 
     def close(self) -> None:
         self._core = self._base = self._map = None
@@ -423,11 +413,11 @@ class File:
                 self.decode(None, [name])
         return Verification(
             path=self._label,
-            bytes=self._size,
+            bytes=self._stat.st_size,
             tasks=len(self._tasks),
             tensors=len(file.tensors()),
             planes=len(planes),
-            ignored=self._size - file.size(),
+            ignored=self._stat.st_size - file.size(),
             base_checked=not referenced or self._base is not None,
         )
 

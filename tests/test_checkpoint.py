@@ -186,8 +186,9 @@ def test_close_is_idempotent_and_final(tmp_path, name):
         tensor = checkpoint.tensors["a"]
         assert tensor.read().tobytes() == b"abc"
     checkpoint.close()
-    with pytest.raises(ClosedError, match=name):
-        tensor.read()
+    for action in (tensor.read, checkpoint.check_unchanged):
+        with pytest.raises(ClosedError, match=name):
+            action()
     with pytest.raises(OSError):
         os.fstat(tensor.fd)
 
@@ -529,6 +530,32 @@ def test_file_that_shrinks_is_a_read_error(tmp_path, name):
         os.truncate(path, checkpoint.tensors["a"].offset + 2)
         with pytest.raises(ReadError, match=f"{name}: ended at byte"):
             checkpoint.tensors["a"].read()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_file_that_is_written_to_is_a_read_error(tmp_path, name):
+    path = write_bytes(tmp_path / name)
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.check_unchanged()
+        (tmp_path / "new").write_bytes(b"replaced")
+        os.rename(path, tmp_path / "old")
+        os.rename(tmp_path / "new", path)
+        checkpoint.check_unchanged()
+        assert checkpoint.tensors["a"].read().tobytes() == b"abc"
+        os.utime(tmp_path / "old", ns=(1, 1))  # what a write does, whatever the clock's grain
+        with pytest.raises(ReadError, match=f"{name}: was written to while it was read"):
+            checkpoint.check_unchanged()
+
+
+def test_any_shard_that_is_written_to_is_a_read_error(tmp_path):
+    for name in "ab":
+        raw_safetensors(tmp_path / f"{name}.safetensors", {name: entry(0, 1)}, b"x")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in "ab"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with open_checkpoint(tmp_path) as checkpoint:
+        os.truncate(tmp_path / "b.safetensors", 1000)
+        with pytest.raises(ReadError, match="b.safetensors: was written to"):
+            checkpoint.check_unchanged()
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tallcodec
-from helpers import awkward, normal, seal, unseal
+from helpers import awkward, normal, seal, small_family, torch_state, unseal
 from tallcodec import errors
 from tallcodec.reference import records
 
@@ -355,6 +355,63 @@ def test_failed_overwrite_leaves_the_old_file(tmp_path, small_file):
         tallcodec.encode(W, {"a": tmp_path / "bad.safetensors"}, small_file, overwrite=True)
     assert small_file.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["bad.safetensors", small_file.name]
+
+
+@pytest.fixture
+def family_of_files(checkpoints):
+    """A base and a task for each kind of checkpoint that is read from files, and a file of each."""
+    torch = pytest.importorskip("torch")
+    base, tasks = small_family()
+    torch.save(torch_state(tasks["cars"]), checkpoints / "torch.pt")
+    names = ("base.safetensors", "cars.safetensors", "torch.pt", "dtd/model.safetensors")
+    sources = {name: checkpoints / name for name in ("cars.safetensors", "torch.pt", "dtd")}
+    return checkpoints / "base.safetensors", sources, [checkpoints / name for name in names]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_checkpoint_that_is_written_to_meanwhile(tmp_path, family_of_files, number, overwrite):
+    base, tasks, files = family_of_files
+    output = tmp_path / "x.tall"
+    if overwrite:
+        output.write_bytes(b"mine")
+    names = sorted(os.listdir(tmp_path))
+
+    def write(*_):
+        with open(files[number], "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        os.utime(files[number], ns=(1, 1))  # whatever the clock's grain
+
+    with pytest.raises(errors.ReadError, match=f"{files[number]}: was written to while it was"):
+        tallcodec.encode(base, tasks, output, progress=write, overwrite=overwrite)
+    assert sorted(os.listdir(tmp_path)) == names
+    assert not overwrite or output.read_bytes() == b"mine"
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile(tmp_path, family_of_files):
+    base, tasks, files = family_of_files
+    tallcodec.encode(base, tasks, tmp_path / "a.tall")
+
+    def replace(*_):
+        for file in files:
+            (tmp_path / "new").write_bytes(b"something else")
+            os.replace(tmp_path / "new", file)
+
+    tallcodec.encode(base, tasks, tmp_path / "b.tall", progress=replace)
+    assert (tmp_path / "a.tall").read_bytes() == (tmp_path / "b.tall").read_bytes()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_checkpoint_that_is_cut_short_meanwhile(tmp_path, family_of_files, number):
+    base, tasks, files = family_of_files
+
+    def cut(*_):
+        os.truncate(files[number], 500)
+
+    with pytest.raises(errors.ReadError, match=files[number].name):
+        tallcodec.encode(base, tasks, tmp_path / "x.tall", progress=cut, merge="ties")
+    assert not (tmp_path / "x.tall").exists()
 
 
 def test_output_folder_is_missing(tmp_path):
