@@ -34,6 +34,7 @@ test-cpp: .venv/packages
 	build/tests/test_ternary
 	build/tests/test_conditional
 	build/tests/test_file
+	build/tests/test_resume
 	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
 	$(CMAKE) -S examples/cpp -B build/example -GNinja -DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp"
 	$(CMAKE) --build build/example
@@ -46,6 +47,7 @@ test-sanitize: .venv/packages
 	build/sanitize/test_ternary
 	build/sanitize/test_conditional
 	build/sanitize/test_file
+	build/sanitize/test_resume
 
 test-python: .venv/built
 	$(BIN)/python -m pytest

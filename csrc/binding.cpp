@@ -342,6 +342,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("method"), py::arg("density"), py::arg("scale"), py::arg("base_storage"),
            py::arg("least_bits") = false, py::arg("code_masks") = false,
            py::arg("code_ternary") = true, py::arg("trials") = 1)
+      .def("keep_journal", &Encoder::keep_journal)
       .def("add_task", &Encoder::add_task)
       .def("add_tensor",
            [](Encoder& e, std::string name, bool in_base, int dtype, std::vector<uint64_t> shape,

@@ -69,12 +69,46 @@ void Draft::put(uint32_t id, uint64_t position, const void* data, uint64_t size)
   }
 }
 
+namespace {
+
+// Runs visit(block, sum) on the checksum blocks of `size` bytes of a plane, as they are in the file.
+template <class Visit>
+void for_each_sum(const Draft& d, const PlaneRecord& plane, uint64_t size, Visit visit) {
+  const Source source{nullptr, d.fd, plane.offset};
+  std::vector<uint8_t> buffer;
+  for (uint64_t at = 0; at < size; at += kSumBlock) {
+    const uint64_t part = std::min(kSumBlock, size - at);
+    visit(at / kSumBlock, hash_block(*d.kernels, source.view(at, part, buffer), part));
+  }
+}
+
+}  // namespace
+
 void Draft::sum(uint32_t id) {
   DraftPlane& plane = planes[id];
+  for_each_sum(*this, plane.record, plane.record.size, [&](uint64_t block, uint64_t sum) { plane.sums[block] = sum; });
+}
+
+bool Draft::intact(const DraftPlane& plane) const {
+  bool same = plane.sums.size() == sum_count(plane.record.size);
+  try {
+    for_each_sum(*this, plane.record, align64(plane.record.size), [&](uint64_t block, uint64_t sum) {
+      same = same && plane.sums[block] == sum;
+    });
+  } catch (const Error&) {  // the file is too short
+    return false;
+  }
+  return same;
+}
+
+void Draft::copy(uint64_t from, uint64_t to, uint64_t size) const {
   std::vector<uint8_t> buffer;
-  for (uint64_t at = 0; at < plane.record.size; at += kSumBlock) {
-    const uint64_t size = std::min(kSumBlock, plane.record.size - at);
-    plane.sums[at / kSumBlock] = hash_block(*kernels, source(id).view(at, size, buffer), size);
+  for (uint64_t at = 0; at < size; at += kCopyChunk) {
+    const uint64_t part = std::min(size - at, kCopyChunk);
+    Source{nullptr, fd, from}.view(at, part, buffer);
+    buffer.resize(part);
+    buffer.resize(align64(part));
+    write(buffer.data(), buffer.size(), to + at);
   }
 }
 
@@ -85,7 +119,7 @@ uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view byte
   return id;
 }
 
-uint32_t Draft::copy(PlaneKind kind, const Source& source, uint64_t size) {
+uint32_t Draft::append(PlaneKind kind, const Source& source, uint64_t size) {
   if (!size) return kNone;
   const uint32_t id = reserve(kind, size);
   std::vector<uint8_t> buffer;
@@ -96,10 +130,14 @@ uint32_t Draft::copy(PlaneKind kind, const Source& source, uint64_t size) {
   return id;
 }
 
-void Draft::truncate(uint64_t begin, uint64_t size) {
+void Draft::shorten(uint64_t size) const {
   if (::ftruncate(fd, static_cast<off_t>(size)) != 0) {
     throw Error(Status::Write, text(label, ": cannot be cut short: ", std::strerror(errno)), errno);
   }
+}
+
+void Draft::truncate(uint64_t begin, uint64_t size) {
+  shorten(size);
   end = size;
   for (DraftPlane& p : planes) {
     if (p.dropped && p.record.offset >= begin) p.record.size = 0;
@@ -144,15 +182,7 @@ void Draft::clear(uint64_t offset, uint64_t size) const {
 }
 
 void Draft::write(const void* data, uint64_t size, uint64_t offset) const {
-  for (uint64_t done = 0; done < size;) {
-    ssize_t put = ::pwrite(fd, static_cast<const uint8_t*>(data) + done, size - done,
-                           static_cast<off_t>(offset + done));
-    if (put >= 0) {
-      done += static_cast<uint64_t>(put);
-    } else if (errno != EINTR) {
-      throw Error(Status::Write, text(label, ": cannot write: ", std::strerror(errno)), errno);
-    }
-  }
+  write_all(fd, label, data, size, offset);
 }
 
 uint64_t Draft::finish() {

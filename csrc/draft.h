@@ -8,6 +8,7 @@
 
 #include "encode.h"
 #include "float_environment.h"
+#include "journal.h"
 #include "parallel.h"
 
 namespace tallcodec {
@@ -17,8 +18,6 @@ struct DraftPlane {
   std::vector<uint64_t> sums;
   bool dropped = false;
 };
-
-struct Draft;
 
 struct DraftEntry {
   EntryRecord record{};
@@ -75,6 +74,7 @@ struct Draft {
   uint64_t end = sizeof(Header);  // where the next plane goes
   uint64_t masks = 0;             // where the masks begin
   const Kernels* kernels = nullptr;
+  Journal journal;
 
   // The tasks that are coded against a tensor's shared vector and whose values are read: of the first trial.
   std::vector<uint32_t> read_tasks(const DraftTensor& t) const {
@@ -93,13 +93,18 @@ struct Draft {
   void put(uint32_t plane, uint64_t position, const void* data, uint64_t size);
   // Writes at an offset of the file, which is not checksummed.
   void write(const void* data, uint64_t size, uint64_t offset) const;
-  // Checksums a plane as it was written.
+  // Checksums a plane as it is in the file.
   void sum(uint32_t plane);
+  // Whether a plane, and what is behind it up to where another may begin, is as it was written.
+  bool intact(const DraftPlane& plane) const;
+  // Copies the bytes of a plane, and zeros up to where another may begin, to another place.
+  void copy(uint64_t from, uint64_t to, uint64_t size) const;
   Source source(uint32_t plane) const { return {nullptr, fd, planes[plane].record.offset}; }
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
-  uint32_t copy(PlaneKind kind, const Source& source, uint64_t size);
+  uint32_t append(PlaneKind kind, const Source& source, uint64_t size);
   // Ends the file at `size`. Dropped planes from `begin` on were behind it, or between what moved up.
   void truncate(uint64_t begin, uint64_t size);
+  void shorten(uint64_t size) const;
   // What was reserved for the plane becomes a free range; its name becomes kNone.
   void drop(uint32_t& plane);
   // An entry with NaN or infinity, its task's or the base's, becomes verbatim.
@@ -109,8 +114,6 @@ struct Draft {
   bool leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uint8_t>& nonfinite);
   // Writes the index and, last of all, the header; gives the file's size.
   uint64_t finish();
-
- private:
   void clear(uint64_t offset, uint64_t size) const;
 };
 
@@ -153,8 +156,9 @@ void for_each_reading(const std::vector<Item>& items, const Options& options, co
     FloatEnvironment in_this_thread;
     const uint64_t ahead = i + std::max(1u, options.threads);
     if (ahead < items.size()) reading(items[ahead]).will_be();
+    const Reading here = reading(items[i]);  // before the body may change what is read of it
     body(items[i], worker);
-    if (options.drop_cache) reading(items[i]).has_been();
+    if (options.drop_cache) here.has_been();
   });
 }
 

@@ -2,7 +2,9 @@
 #include "encode.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 
 #include "adapt.h"
@@ -12,6 +14,7 @@
 #include "moments.h"
 #include "pack.h"
 #include "parallel.h"
+#include "rans.h"
 #include "sparsify.h"
 #include "survey.h"
 #include "text.h"
@@ -237,6 +240,45 @@ bool settle(Draft& d, DraftTensor& t, Progress& progress) {
   return false;
 }
 
+// The planes that are reserved for each tensor.
+std::vector<std::vector<uint32_t>> reserved_planes(const Draft& d) {
+  std::vector<std::vector<uint32_t>> all;
+  for (const DraftTensor& t : d.tensors) {
+    std::vector<uint32_t> planes{t.record.base_plane, t.record.shared_plane, t.record.shared_scales_plane};
+    for (const DraftEntry& e : t.entries) {
+      if (t.record.alias == kNone) planes.insert(planes.end(), {e.record.plane, e.record.scales_plane});
+    }
+    planes.erase(std::remove(planes.begin(), planes.end(), kNone), planes.end());
+    all.push_back(std::move(planes));
+  }
+  return all;
+}
+
+// What the journal has of it, or a new survey.
+Survey surveyed(Draft& d, const std::vector<std::vector<uint32_t>>& planes, const Options& options) {
+  Survey found;
+  if (d.journal.has(Journal::Step::Surveyed)) {
+    const std::string& note = d.journal.note(Journal::Step::Surveyed);
+    std::memcpy(&found.majority, note.data(), sizeof(float));
+    found.cut.resize(note.size() / sizeof(float) - 1);
+    std::memcpy(found.cut.data(), note.data() + sizeof(float), found.cut.size() * sizeof(float));
+    return found;
+  }
+  found = survey(d, options);
+  if (found.cut.empty()) return found;
+  Journal::Changes changes;
+  for (uint32_t i = 0; i < d.tensors.size(); ++i) {
+    changes.tensors.push_back(i);
+    for (uint32_t plane : planes[i]) {
+      if (d.planes[plane].dropped) changes.planes.push_back(plane);
+    }
+  }
+  append(changes.note, found.majority);
+  for (float cut : found.cut) append(changes.note, cut);
+  d.journal.add(Journal::Step::Surveyed, 0, d, changes);
+  return found;
+}
+
 }  // namespace
 
 Encoder::Encoder(int fd, std::string label, std::string writer, const Recipe& recipe)
@@ -247,6 +289,10 @@ Encoder::Encoder(int fd, std::string label, std::string writer, const Recipe& re
   draft_->recipe = recipe;
 }
 Encoder::~Encoder() = default;
+
+void Encoder::keep_journal(int fd, std::string label, std::string maker) {
+  draft_->journal = Journal(fd, std::move(label), std::move(maker));
+}
 
 uint32_t Encoder::add_task(std::string name, float threshold, bool ternary) {
   const Method method = ternary ? Method::Ternary : draft_->recipe.method;
@@ -294,7 +340,9 @@ void Encoder::run(const Options& options) {
   FloatEnvironment environment;  // statistics and scales round as the kernels do
   d.kernels = options.kernels ? options.kernels : &require_kernels();
   d.place();
-  const Survey found = survey(d, options);
+  const auto planes = reserved_planes(d);
+  d.journal.restore(d, options);
+  const Survey found = surveyed(d, planes, options);
   if (d.recipe.method == Method::Magnitude) {
     for (size_t k = 0; k < d.tasks.size(); ++k) {
       if (d.tasks[k].method == Method::Magnitude) d.tasks[k].threshold = found.cut[k];
@@ -309,45 +357,51 @@ void Encoder::run(const Options& options) {
     uint32_t tensor;
     uint64_t unit;
   };
-  std::vector<Item> items;
-  std::vector<uint32_t> coded;
-  std::vector<std::unique_ptr<Progress>> progress(d.tensors.size());
-  std::vector<Buffers> buffers(std::max(1u, options.threads));
-
+  std::vector<uint32_t> left;  // tensors that are not encoded yet
   for (uint32_t i = 0; i < d.tensors.size(); ++i) {
     const DraftTensor& t = d.tensors[i];
-    if (!t.coded().empty()) {
-      coded.push_back(i);
-    } else if (t.record.base_plane != kNone) {
-      for (uint64_t u = 0; u < t.units(); ++u) items.push_back({i, u});
-    }
+    if (t.record.base_plane != kNone && !d.journal.has(Journal::Step::Encoded, i)) left.push_back(i);
   }
-  for (;;) {
-    if (d.recipe.method == Method::Adapted) adapt(d, found, coded, options);
-    for (uint32_t i : coded) {
-      progress[i] = std::make_unique<Progress>(d.tensors[i], d.recipe.scale == ScaleMode::UnitGainRow);
-      for (uint64_t u = 0; u < progress[i]->units; ++u) items.push_back({i, u});
+  std::vector<std::unique_ptr<Progress>> progress(d.tensors.size());
+  std::vector<Buffers> buffers(std::max(1u, options.threads));
+  std::mutex mutex;
+
+  while (!left.empty()) {
+    std::vector<Item> items;
+    std::vector<uint32_t> coded, again;
+    for (uint32_t i : left) {
+      if (!d.tensors[i].coded().empty()) coded.push_back(i);
+      for (uint64_t u = 0; u < d.tensors[i].units(); ++u) items.push_back({i, u});
     }
+    if (d.recipe.method == Method::Adapted) adapt(d, found, coded, options);
+    std::vector<std::atomic<uint64_t>> done(d.tensors.size());
     const auto reading = [&](const Item& item) {
       const DraftTensor& t = d.tensors[item.tensor];
       return Reading{t, item.unit, d.read_tasks(t)};
     };
     for_each_reading(items, options, "encoding", reading, [&](const Item& item, unsigned worker) {
-      const DraftTensor& t = d.tensors[item.tensor];
-      if (progress[item.tensor]) {
-        encode_unit(d, t, found, *progress[item.tensor], item.unit, buffers[worker]);
-      } else {
+      DraftTensor& t = d.tensors[item.tensor];
+      std::unique_ptr<Progress>& p = progress[item.tensor];
+      if (t.coded().empty()) {
         copy_base(d, t, item.unit, buffers[worker].copied);
+      } else {
+        {
+          std::lock_guard lock(mutex);
+          if (!p) p = std::make_unique<Progress>(t, d.recipe.scale == ScaleMode::UnitGainRow);
+        }
+        encode_unit(d, t, found, *p, item.unit, buffers[worker]);
       }
+      if (++done[item.tensor] < t.units()) return;
+      const bool unsettled = p && settle(d, t, *p);
+      p.reset();
+      if (!unsettled) {
+        d.journal.add(Journal::Step::Encoded, item.tensor, d, {planes[item.tensor], {item.tensor}, {}, {}});
+        return;
+      }
+      std::lock_guard lock(mutex);
+      again.push_back(item.tensor);
     });
-    items.clear();
-    std::vector<uint32_t> again;
-    for (uint32_t i : coded) {
-      if (settle(d, d.tensors[i], *progress[i])) again.push_back(i);
-      progress[i].reset();
-    }
-    if (again.empty()) break;
-    coded = std::move(again);
+    left = std::move(again);
   }
   if (d.recipe.code_masks) pack_masks(d, options);
   sparsify(d, options);
@@ -377,7 +431,7 @@ void Encoder::copy_verbatim(uint32_t task, uint32_t tensor) {
   DraftEntry& e = t.entries.at(task);
   const uint64_t elements = std::accumulate(e.shape.begin(), e.shape.end(), uint64_t{1}, std::multiplies<>());
   try {
-    e.record.plane = draft_->copy(PlaneKind::Verbatim, e.source, elements * size_of(e.record.dtype));
+    e.record.plane = draft_->append(PlaneKind::Verbatim, e.source, elements * size_of(e.record.dtype));
   } catch (const Error& error) {
     if (error.status != Status::Read) throw;
     throw Error(error.status, text(who(*draft_, t, task), ": ", error.message), error.system_error);

@@ -34,6 +34,11 @@ class Encoder {
   Encoder(int fd, std::string label, std::string writer, const Recipe& recipe);
   ~Encoder();
 
+  // Before run(): keeps a journal in a file that is open for reading and writing, and goes on with what the
+  // journal of an encoder of the same `maker` has left, in it and in `fd`. The maker stands for everything
+  // that is encoded, and how.
+  void keep_journal(int fd, std::string label, std::string maker);
+
   // A task is coded by the recipe's method or in ternary planes. `threshold` is lambda; of ternary
   // planes it is the bits per parameter, or 0: the recipe's density decides. The other methods find
   // what they store in its place.

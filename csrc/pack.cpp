@@ -2,6 +2,7 @@
 
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "conditional.h"
 #include "parallel.h"
@@ -14,8 +15,13 @@ namespace {
 // theirs are there. Nothing is written over what is still to be read: that of later planes.
 class Packer {
  public:
-  Packer(Draft& d, uint64_t begin, std::vector<Move> moves)
-      : d_(d), moves_(std::move(moves)), begin_(begin), end_(begin) {}
+  Packer(Draft& d, uint64_t begin, std::vector<Move> moves, Journal* journal)
+      : d_(d), moves_(std::move(moves)), journal_(journal), begin_(begin), end_(begin) {
+    for (Move& move : moves_) {  // what is coded already
+      const bool done = is(Journal::Step::Waiting, move.plane) || is(Journal::Step::Placed, move.plane);
+      if (done) move.blocks = 0;
+    }
+  }
 
   void run(const Options& options, const char* step) {
     std::vector<std::pair<const Move*, uint64_t>> items;
@@ -59,29 +65,38 @@ class Packer {
 
   // Moves the next plane, whose coded form, of so many bytes, waits behind all planes.
   void place(uint64_t coded = UINT64_MAX) {
-    DraftPlane& plane = d_.planes[current().plane];
-    uint64_t from = plane.record.offset;
-    if (coded < plane.record.raw_size) {
-      from = d_.end;
-      plane.record.coding = current().coding;
-      plane.record.size = coded;
-      plane.sums.assign(sum_count(coded), 0);
-    }
-    plane.record.offset = end_;
-    end_ += align64(plane.record.size);
-    std::vector<uint8_t> buffer(std::min(align64(plane.record.size), kCopyChunk));
-    for (uint64_t at = 0; at < plane.record.size; at += buffer.size()) {
-      const uint64_t size = std::min(plane.record.size - at, kCopyChunk);
-      Source{nullptr, d_.fd, from}.view(at, size, buffer);
-      buffer.resize(align64(size));  // zeros, over what was there
-      std::fill(buffer.begin() + static_cast<ptrdiff_t>(size), buffer.end(), uint8_t{0});
-      d_.put(current().plane, at, buffer.data(), buffer.size());
-    }
+    const uint32_t id = current().plane;
+    DraftPlane& plane = d_.planes[id];
     ++move_;
+    if (!is(Journal::Step::Placed, id)) {
+      if (coded < plane.record.raw_size) {
+        plane.record.coding = moves_[move_ - 1].coding;
+        plane.record.size = coded;
+        plane.record.offset = d_.end;
+        plane.sums.assign(sum_count(coded), 0);
+      } else if (plane.record.offset != end_ && plane.record.offset != d_.end) {
+        d_.copy(plane.record.offset, d_.end, plane.record.size);
+        plane.record.offset = d_.end;
+      }
+      d_.sum(id);
+      if (plane.record.offset == d_.end) {
+        note(Journal::Step::Waiting, id);
+        d_.copy(d_.end, end_, plane.record.size);
+        plane.record.offset = end_;
+      }
+      note(Journal::Step::Placed, id);
+    }
+    end_ = plane.record.offset + align64(plane.record.size);
+  }
+
+  bool is(Journal::Step step, uint32_t plane) const { return journal_ && journal_->has(step, plane); }
+  void note(Journal::Step step, uint32_t plane) {
+    if (journal_) journal_->add(step, plane, d_, {{plane}, {}, {}, {}});
   }
 
   Draft& d_;
   std::vector<Move> moves_;
+  Journal* const journal_;
   size_t move_ = 0;            // the next to be placed
   std::string ends_;           // of its blocks so far
   uint64_t size_ = 0;          // and how many bytes they have
@@ -104,11 +119,13 @@ std::string code_block(const Draft& d, const DraftTensor& t, uint32_t plane, uin
 
 }  // namespace
 
-void pack(Draft& draft, uint64_t begin, std::vector<Move> moves, const Options& options, const char* step) {
-  Packer(draft, begin, std::move(moves)).run(options, step);
+void pack(Draft& draft, uint64_t begin, std::vector<Move> moves, const Options& options, const char* step,
+          Journal* journal) {
+  Packer(draft, begin, std::move(moves), journal).run(options, step);
 }
 
 void pack_masks(Draft& draft, const Options& options) {
+  if (draft.journal.has(Journal::Step::Packed)) return;
   std::vector<Move> moves;
   for (uint32_t k = 0; k < draft.tasks.size(); ++k) {
     for (const DraftTensor& t : draft.tensors) {
@@ -121,7 +138,11 @@ void pack_masks(Draft& draft, const Options& options) {
       if (e.scales_plane != kNone) moves.push_back({e.scales_plane, PlaneCoding::Raw, 0, {}, {}});
     }
   }
-  pack(draft, draft.masks, std::move(moves), options, "coding masks");
+  pack(draft, draft.masks, std::move(moves), options, "coding masks", &draft.journal);
+  Journal::Changes all;
+  all.planes.resize(draft.planes.size());
+  std::iota(all.planes.begin(), all.planes.end(), 0);
+  draft.journal.add(Journal::Step::Packed, 0, draft, all);
 }
 
 }  // namespace tallcodec

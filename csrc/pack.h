@@ -18,8 +18,10 @@ struct Move {
 };
 
 // Codes planes that lie one after the other, from `begin` to the file's end, in place: each moves up to where the
-// one before it ends now. One that coding would not make smaller stays raw; a dropped one is gone.
-void pack(Draft& draft, uint64_t begin, std::vector<Move> moves, const Options& options, const char* step);
+// one before it ends now. One that coding would not make smaller stays raw; a dropped one is gone. The journal, if
+// there is one, says which are done, and is told.
+void pack(Draft& draft, uint64_t begin, std::vector<Move> moves, const Options& options, const char* step,
+          Journal* journal = nullptr);
 
 // Codes the masks of a file given the shared vectors that it holds. Nothing lies behind them yet.
 void pack_masks(Draft& draft, const Options& options);

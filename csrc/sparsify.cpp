@@ -660,7 +660,16 @@ class Sparsifier {
 
 void sparsify(Draft& draft, const Options& options) {
   for (uint32_t task = 0; task < draft.tasks.size(); ++task) {
-    if (draft.tasks[task].method == Method::Ternary) Sparsifier(draft, task, options).run();
+    const bool done = draft.journal.has(Journal::Step::Sparsified, task);
+    if (draft.tasks[task].method != Method::Ternary || done) continue;
+    Sparsifier(draft, task, options).run();
+    Journal::Changes changes;
+    for (uint32_t i = 0; i < draft.tensors.size(); ++i) {
+      const EntryRecord& e = draft.tensors[i].entries[task].record;
+      changes.entries.emplace_back(task, i);
+      if (e.coding == Coding::Ternary && draft.tensors[i].record.alias == kNone) changes.planes.push_back(e.plane);
+    }
+    draft.journal.add(Journal::Step::Sparsified, task, draft, changes);
   }
 }
 

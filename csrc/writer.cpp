@@ -1,8 +1,12 @@
 // Header and index as bytes.
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstring>
 
 #include "format.h"
 #include "kernels.h"
+#include "text.h"
 
 namespace tallcodec {
 namespace {
@@ -15,6 +19,18 @@ void append(std::string& out, const std::vector<T>& records) {
 }
 
 }  // namespace
+
+void write_all(int fd, const std::string& label, const void* data, uint64_t size, uint64_t offset) {
+  for (uint64_t done = 0; done < size;) {
+    ssize_t put = ::pwrite(fd, static_cast<const uint8_t*>(data) + done, size - done,
+                           static_cast<off_t>(offset + done));
+    if (put >= 0) {
+      done += static_cast<uint64_t>(put);
+    } else if (errno != EINTR) {
+      throw Error(Status::Write, text(label, ": cannot write: ", std::strerror(errno)), errno);
+    }
+  }
+}
 
 std::string write_index(Index& index) {
   IndexHeader& h = index.header;

@@ -29,6 +29,7 @@ class Encoder:
         scale: int, base_storage: int, least_bits: bool = False, code_masks: bool = False,
         code_ternary: bool = True, trials: int = 1,
     ) -> None: ...  # fmt: skip
+    def keep_journal(self, fd: int, label: str, maker: str) -> None: ...
     def add_task(self, name: str, threshold: float, ternary: bool) -> int: ...
     def add_tensor(
         self, name: str, in_base: bool, dtype: int, shape: tuple[int, ...], shared_dtype: int,

@@ -148,6 +148,10 @@ class _Inputs:
         file.seek(0)
         return file
 
+    def identity(self) -> list[tuple[int, ...]]:
+        stats = self._files.values()
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
+
     def check_unchanged(self) -> None:
         for file, then in self._files.items():
             if file.closed:
@@ -184,6 +188,16 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def identity(self) -> list[tuple[int, ...]]:
+        """What changes when a file of it does. Raises ArgumentError where it is in memory."""
+        if self.kind == "memory":
+            raise ArgumentError(
+                "only checkpoints in files can be known again: save the state dict, or encode it "
+                "without resume"
+            )
+        return self._inputs.identity()
 
     def check_unchanged(self) -> None:
         """Raise ReadError where a file was written to since it was opened: what was read of it may

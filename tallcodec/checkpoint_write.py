@@ -1,6 +1,7 @@
 """Checkpoints out: safetensors files, torch files and Hugging Face folders, written atomically."""
 
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -9,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,6 +35,13 @@ class Part(NamedTuple):
         """Where it lies, its first element and how many it has, of a tensor of this dtype."""
         size = DTYPES[dtype].itemsize
         return self.memory.ctypes.data, self.begin // size, self.memory.nbytes // size
+
+
+class Partial(NamedTuple):
+    """A file in the making, and one that says how far it is."""
+
+    file: BinaryIO
+    journal: BinaryIO | None = None
 
 
 Fill = Callable[[list[Part]], None]
@@ -134,6 +142,37 @@ def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
             _sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Partial]:
+    """As :func:`atomic_file`, but when the block raises, or the process is killed, what was written
+    stays beside ``path``, as `NAME.partial` and `NAME.partial.journal`, and is there again the next
+    time.
+
+    Raises WriteError, too, while another process has it open.
+    """
+    check_output(path, overwrite)
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(target.name + ".partial")
+    journal = target.with_name(target.name + ".partial.journal")
+    with _write_errors(path), ExitStack() as stack:
+        files = [stack.enter_context(_open_partial(name)) for name in (journal, partial)]
+        try:
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WriteError(error.errno, f"{partial}: another process is writing it") from error
+        try:
+            yield Partial(files[1], files[0])
+            _sync(files[1])
+            _place(partial, target, overwrite)
+        except BaseException:
+            if not os.fstat(files[0].fileno()).st_size:  # there is nothing to go on with
+                partial.unlink(missing_ok=True)
+                journal.unlink(missing_ok=True)
+            raise
+        journal.unlink(missing_ok=True)
+        _sync_folder(target.parent)
 
 
 def check_output(path: str | os.PathLike, overwrite: bool) -> None:
@@ -338,10 +377,19 @@ def _synced_file(path: Path) -> Iterator[BinaryIO]:
     with open(path, "x+b") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
-        if os.fstat(file.fileno()).st_size > memory() // 2:
-            # Little else would be left in the page cache.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _sync(file)
+
+
+def _open_partial(path: Path) -> BinaryIO:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(descriptor, "r+b", buffering=0)
+
+
+def _sync(file: BinaryIO) -> None:
+    os.fsync(file.fileno())
+    if os.fstat(file.fileno()).st_size > memory() // 2:
+        # Little else would be left in the page cache.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _place(temporary: Path, path: Path, overwrite: bool) -> None:

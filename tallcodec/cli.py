@@ -89,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
                      "masks raw, ternary planes entropy coded")  # fmt: skip
     sub.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE",
                      help="a string to keep in the file; once per string")  # fmt: skip
+    sub.add_argument("--resume", action="store_true",
+                     help="keep what is done if it is interrupted, and go on with what was kept")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = command("inspect", _inspect, "Show what a file holds and what it costs.")
@@ -145,6 +147,7 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         metadata=_pairs("--metadata", a.metadata),
         threads=a.threads,
         progress=a.progress,
+        resume=a.resume,
         overwrite=a.overwrite,
     )
     return info.to_dict(), str(info)

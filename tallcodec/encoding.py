@@ -1,6 +1,7 @@
 """Checkpoints to a `.tall` file: what every tensor becomes is decided here, its bits in C++."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -9,13 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import zstandard
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, Tensor, open_checkpoint, refuse_input_as_output
-from .checkpoint_write import atomic_file, check_output
+from .checkpoint_write import Partial, atomic_file, check_output, resumable_file
 from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
 from .file import open as open_file
@@ -64,6 +65,7 @@ def encode(
     metadata: Mapping[str, str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> FileInfo:
     """Encode fine-tuned checkpoints of one base into one `.tall` file.
@@ -116,9 +118,13 @@ def encode(
       planes entropy coded. What is decoded is the same.
     - ``metadata``: strings of your own, kept in the file.
     - ``threads``: default, one per CPU. The file is the same for any number.
-
     - ``progress``: called as ``progress(step, done, total)`` now and then; what it raises ends the
       encoding, and nothing is left of it.
+    - ``resume``: if the encoding is interrupted, by an error, Ctrl-C or a kill, what is done stays
+      beside the output, as `OUTPUT.partial` and `OUTPUT.partial.journal`; and where such are there,
+      from the same checkpoints (which have to be files) and options, it goes on with them, after it
+      has checked them: tensors, coded masks and, whole, the planes of ternary tasks. The file is
+      the same as without interruption.
 
     Nothing appears at ``output`` before the file is complete, and an existing file is replaced
     only with ``overwrite``. Values are read once, but for those of ternary tasks (two or three
@@ -171,6 +177,8 @@ def encode(
             threads,
             progress,
         )
+        if resume:
+            family.identity([], {})  # before a search: that of state dicts cannot be told
         recipe = {
             "merge": numbers.MERGES[merge],
             "method": numbers.METHODS["adapted" if adapted else mask_method],
@@ -192,8 +200,15 @@ def encode(
 
         recipe["base_storage"] = numbers.BASE_STORAGES[base_storage]
         recipe["code_masks"], recipe["code_ternary"] = CODINGS[coding]
-        file = stack.enter_context(atomic_file(output, overwrite))
-        encoder = family.encode(file, label(output), [(t, thresholds[t]) for t in tasks], recipe)
+        thresholds_ = [(task, thresholds[task]) for task in tasks]
+        if resume:
+            maker = family.identity(thresholds_, recipe)
+            partial = stack.enter_context(resumable_file(output, overwrite))
+        else:
+            maker = ""
+            partial = Partial(stack.enter_context(atomic_file(output, overwrite)))
+        file = partial.file
+        encoder = family.encode(partial, label(output), thresholds_, recipe, maker)
         _add_side_data(encoder, base_checkpoint, checkpoints, metadata)
         encoder.finish()
         # What a reader would refuse is not to appear under the name.
@@ -216,15 +231,31 @@ class _Family(NamedTuple):
         """Whether what has been read is to leave the page cache, where it would not stay anyway."""
         return sum(c.nbytes for c in (self.base, *self.tasks)) > memory() // 2
 
+    def identity(self, thresholds: list[tuple[str, float]], recipe: dict) -> str:
+        """What stands for all that a file depends on."""
+        checkpoints = (self.base, *self.tasks)
+        tensors = [[(n, t.dtype, t.shape) for n, t in c.tensors.items()] for c in checkpoints]
+        files = [c.identity for c in checkpoints]
+        what = __version__, files, tensors, self.ternary, self.shared_dtype, thresholds, recipe
+        return hashlib.sha256(repr(what).encode()).hexdigest()
+
     def encode(
-        self, file: BinaryIO, name: str, thresholds: Iterable[tuple[str, float]], recipe: dict
+        self,
+        partial: Partial,
+        name: str,
+        thresholds: list[tuple[str, float]],
+        recipe: dict,
+        maker: str = "",
     ) -> _core.Encoder:
         """All planes of a file; what is left is side data and the index. ``thresholds`` are the
-        file's tasks: those of the family, once or several times over."""
-        thresholds = list(thresholds)
+        file's tasks: those of the family, once or several times over. ``maker`` is for a journal.
+        """
+        file, journal = partial
         trials = len(thresholds) // len(self.tasks)
         writer = f"tallcodec {__version__}"
         encoder = _core.Encoder(file.fileno(), name, writer, trials=trials, **recipe)
+        if journal is not None:
+            encoder.keep_journal(journal.fileno(), f"{name}.partial", maker)
         for (task, threshold), ternary in zip(thresholds, self.ternary * trials):
             encoder.add_task(task, threshold, ternary)
         names = _names(self.base, self.tasks)
@@ -256,7 +287,7 @@ def _search(
     except OSError as error:
         raise WriteError(error.errno, f"{label(output)}: {error.strerror}") from error
     with trial:
-        family.encode(trial, label(output), thresholds, recipe).finish()
+        family.encode(Partial(trial), label(output), thresholds, recipe).finish()
         framework = "pt" if importlib.util.find_spec("torch") else "np"
         with open_file(trial.name, framework, base, threads=family.threads) as file:
             return score_trials(file, tasks, grid, score, out)
