@@ -7,9 +7,11 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def environment() -> dict:
@@ -23,14 +25,18 @@ def environment() -> dict:
     }
 
 
-def median_of(contenders: dict, repeat: int = 7, warmup: int = 1) -> dict:
+def median_of(contenders: dict, repeat: int = 7, warmup: int = 1,
+              before: Callable | None = None) -> dict:
     """Median seconds of each callable: {"name": function} -> {"name": seconds}.
 
     The contenders take turns, so that a busy machine slows all of them alike and their ratios hold.
+    ``before`` is called with the name before each of them; it takes no part in its time.
     """
     times = {name: [] for name in contenders}
     for turn in range(warmup + repeat):
         for name, function in contenders.items():
+            if before:
+                before(name)
             start = time.perf_counter()
             function()
             elapsed = time.perf_counter() - start
@@ -56,6 +62,35 @@ def print_table(rows: list) -> None:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def markdown(rows: list, text: int = 1) -> str:
+    """Rows (dicts with the same keys) as a table; the first ``text`` columns are text."""
+    lines = [list(rows[0]), ["---"] * text + ["---:"] * (len(rows[0]) - text)]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def around(page: Path, name: str) -> tuple[str, str]:
+    """What stands before and after the part of a page that a script writes: before
+    `<!-- name:begin -->` and after `<!-- name:end -->`."""
+    begin, end = _marks(name)
+    text = page.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{page}: the tables go between {begin} and {end}: write them in, once")
+    return text.split(begin)[0], text.split(end)[1]
+
+
+def write_part(page: Path, name: str, text: str) -> None:
+    """Replace the part of a page between its marks, and say below it where it was measured."""
+    (before, after), (begin, end), where = around(page, name), _marks(name), environment()
+    note = (f"{where['cpu']}, {where['cores']} virtual cores, commit {where['commit']}, "
+            f"Python {where['python']}, torch {where['torch']}.")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{note}\n\n{end}{after}")
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def _cell(value) -> str:

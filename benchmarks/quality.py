@@ -28,16 +28,14 @@ import xxhash
 
 import families
 import tallcodec
-from common import RESULTS, environment, write_csv
+from common import DOCS, RESULTS, around, write_csv, write_part
 from methods import METHODS, Method, Problem
 from minilm import CACHE
 from minilm.evaluate import Score
 from tallcodec import _core
 
 CSV = RESULTS / "quality.csv"
-DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "quality.md"
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 SUBSETS = {"minilm": (4, 2)}  # how many of the first tasks, besides all of them
 MAX_SETTINGS = 45  # characters in a table: λ of eight tasks, not of forty
 
@@ -275,19 +273,7 @@ def write_docs(rows: list[dict]) -> None:
 
     for (family, count), group in grouped(rows).items():
         plot(group, DOCS / plot_name(family, count), f"{family}, {count} tasks")
-    head, rest = _around_markers()
-    where = environment()
-    note = (f"{where['cpu']}, {where['cores']} virtual cores, commit {where['commit']}, "
-            f"Python {where['python']}, torch {where['torch']}.")
-    PAGE.write_text(f"{head}{BEGIN}\n\n{markdown(rows)}\n\n{note}\n\n{END}{rest}")
-
-
-def _around_markers() -> tuple[str, str]:
-    """What stands before and after the tables in docs/quality.md."""
-    text = PAGE.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{PAGE}: the tables go between {BEGIN} and {END}: write them in, once")
-    return text.split(BEGIN)[0], text.split(END)[1]
+    write_part(PAGE, "quality", markdown(rows))
 
 
 def chosen_methods(names: str | None) -> list[Method]:
@@ -324,7 +310,7 @@ def main():
     if args.docs and not complete:
         ap.error("--docs is for complete runs: without --limit, --methods and --tasks")
     if args.docs:
-        _around_markers()  # not after hours
+        around(PAGE, "quality")  # not after hours
     torch.set_num_threads(args.threads)
     order = {method.name: i for i, method in enumerate(METHODS)}
     methods, rows, failed = chosen_methods(args.methods), [], []

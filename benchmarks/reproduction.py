@@ -20,7 +20,6 @@ Writes results/reproduction_agreement.csv, reproduction_distance.csv and reprodu
 
 import argparse
 import itertools
-import json
 import math
 import shutil
 import signal
@@ -34,7 +33,8 @@ import numpy as np
 
 import tallcodec
 from common import RESULTS, write_csv
-from shapes import ARCHITECTURES, Architecture, Shapes
+from shapes import ARCHITECTURES, Architecture
+from synthetic import elements, normal, write_checkpoint
 from tallcodec import _core
 from tallcodec.reference import records
 
@@ -68,7 +68,6 @@ AGREEMENT_MODEL = "ViT-B-32"
 SHARED_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8 + 32 / 128}  # a scale per 128 elements
 
 BASE_SPREAD, TASK_SPREAD = 0.02, 3e-4  # standard deviations of θ₀ and of every τ
-_CHUNK = 1 << 22  # elements made and written at a time
 
 
 class Paper(NamedTuple):
@@ -91,10 +90,6 @@ def paper_storage(trained: int, frozen: int, tasks: int) -> Paper:
 def counted_bits(trained: int, frozen: int, tasks: int, shared_bits: float) -> float:
     """The paper's (64 + T)P + 32F for a shared vector of 32 bits, and alike for others."""
     return (32 + shared_bits + tasks) * trained + 32 * frozen
-
-
-def elements(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def file_size(architecture: Architecture, tasks: list, shared_dtype: str = "float32") -> int:
@@ -132,43 +127,26 @@ def file_size(architecture: Architecture, tasks: list, shared_dtype: str = "floa
 
 def write_base(path: Path, architecture: Architecture) -> None:
     """A float32 checkpoint of Gaussian weights, written as it is made."""
-    rng = np.random.Generator(np.random.SFC64(0))
-    _write(path, architecture, lambda trained, count: _normal(rng, count, BASE_SPREAD))
+    random = np.random.Generator(np.random.SFC64(0))
+    _write(path, architecture, lambda _, count: normal(random, count, BASE_SPREAD))
 
 
 def write_task(path: Path, architecture: Architecture, base: Path, seed: int) -> None:
     """The base with a Gaussian task vector added to what is trained. ``seed`` is at least 1."""
-    rng = np.random.Generator(np.random.SFC64(seed))
+    random = np.random.Generator(np.random.SFC64(seed))
     with open(base, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
 
-        def make(trained: bool, count: int) -> np.ndarray:
+        def make(name: str, count: int) -> np.ndarray:
             values = np.fromfile(file, np.float32, count)
-            return values + _normal(rng, count, TASK_SPREAD) if trained else values
+            trained = name in architecture.trained
+            return values + normal(random, count, TASK_SPREAD) if trained else values
 
         _write(path, architecture, make)
 
 
-def _normal(rng: np.random.Generator, count: int, spread: float) -> np.ndarray:
-    return rng.standard_normal(count, np.float32) * np.float32(spread)
-
-
 def _write(path: Path, architecture: Architecture, make) -> None:
-    """Write a safetensors file of float32; ``make(trained, count)`` gives the values in order."""
-    header, offset = {}, 0
-    for name, shape in {**architecture.trained, **architecture.frozen}.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (offset, end)}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for trained, shapes in ((True, architecture.trained), (False, architecture.frozen)):
-            for shape in shapes.values():
-                n = math.prod(shape)
-                for at in range(0, n, _CHUNK):
-                    make(trained, min(_CHUNK, n - at)).tofile(file)
+    write_checkpoint(path, architecture.trained | architecture.frozen, "float32", make)
 
 
 def agreement(path: Path, tasks: int) -> np.ndarray:

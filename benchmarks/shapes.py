@@ -1,4 +1,4 @@
-"""Tensor names and shapes of the architectures of arXiv 2405.07813, trained and frozen.
+"""Tensor names and shapes: the architectures of arXiv 2405.07813, trained and frozen, and Llamas.
 
 The paper counts P trained and F frozen parameters. These tensors add up to its P and F exactly:
 
@@ -86,6 +86,23 @@ def t5(width: int, layers: int, feed_forward: int, heads: int, vocabulary: int) 
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         trained |= {bias: (32, heads), f"{stack}.final_layer_norm.weight": (width,)}
     return Architecture(trained, {"shared.weight": (vocabulary, width)})
+
+
+def llama(width: int, layers: int, vocabulary: int) -> Shapes:
+    """A Llama with grouped-query attention and tied embeddings, in proportion to its width."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, width)}
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        for part, into in (("q", width), ("k", width // 4), ("v", width // 4), ("o", width)):
+            shapes[f"{block}.self_attn.{part}_proj.weight"] = (into, width)
+        shapes |= {
+            f"{block}.mlp.gate_proj.weight": (11 * width // 4, width),
+            f"{block}.mlp.up_proj.weight": (11 * width // 4, width),
+            f"{block}.mlp.down_proj.weight": (width, 11 * width // 4),
+            f"{block}.input_layernorm.weight": (width,),
+            f"{block}.post_attention_layernorm.weight": (width,),
+        }
+    return shapes | {"model.norm.weight": (width,)}
 
 
 def _norm(name: str, width: int) -> Shapes:
