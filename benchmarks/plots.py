@@ -1,4 +1,4 @@
-"""The rate–quality plots of quality.py, as small SVG files."""
+"""The plots of quality.py and encoding.py, as small SVG files."""
 
 import matplotlib
 from matplotlib import pyplot
@@ -43,6 +43,32 @@ def plot(rows: list[dict], path, title: str) -> None:
         figure.canvas.draw()  # settles the layout, which the numbers' places depend on
         for axes, values in ((left, losses), (right, gaps)):
             _numbers(axes, rows, values)
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def plot_scaling(rows: list[dict], sweep: str, path) -> None:
+    """Seconds against parameters or tasks, each file and number of threads with its line."""
+    labels = {"parameters": "parameters, in millions, of each of 5 checkpoints",
+              "tasks": "tasks of 25 M parameters"}
+    styles = {1: ("o", "-"), 2: ("^", "--")}  # by threads
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+        series = {}
+        for row in rows:
+            series.setdefault((row["file"], row["threads"]), []).append(row)
+        colours = dict(zip(dict.fromkeys(file for file, _ in series), ("#0a58ca", "#c0264b")))
+        for (file, threads), points in series.items():
+            unit = 1e6 if sweep == "parameters" else 1
+            x = [row[sweep] / unit for row in points]
+            marker, dashes = styles[threads]
+            fitted = [points[0]["start"] + points[0]["slope"] * unit * place for place in x]
+            axes.plot(x, fitted, dashes, color=colours[file], linewidth=0.8)
+            axes.plot(x, [row["seconds"] for row in points], marker, color=colours[file],
+                      markersize=4.5, label=f"{file}, {threads} thread{'s'[:threads - 1]}")
+        axes.set(xlabel=labels[sweep], ylabel="seconds", xlim=0, ylim=0)
+        axes.grid(color="#eeeeee", zorder=0)
+        axes.legend(frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
 
