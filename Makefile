@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-minilm bench-quality bench-reproduction bench-peers test-vllm test-serve clean
+.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-peers test-vllm test-serve clean
 
 all: .venv/built
 
@@ -55,6 +55,11 @@ test-python: .venv/built
 # About three minutes on a machine with nothing else to do; writes benchmarks/results.
 bench: .venv/built
 	$(BIN)/python benchmarks/kernels.py
+
+# Half an hour each, 30 GB of disk for a while; tables and plots of docs/benchmarks.md too.
+bench-encoding: .venv/built .venv/bench-packages
+	$(BIN)/python benchmarks/encoding.py --docs
+	$(BIN)/python benchmarks/memory.py --docs
 
 # The real family: the checkpoints take 11 to 25 minutes, once (kept in ~/.cache/tallcodec); then ten more.
 bench-minilm: .venv/built
