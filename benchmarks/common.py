@@ -94,7 +94,9 @@ def _marks(name: str) -> tuple[str, str]:
 
 
 def _cell(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _cpu_model() -> str:

@@ -10,7 +10,7 @@ cache, as it comes. All families are bfloat16, with a Llama's shapes, most of it
 
 - parameters: 8 tasks, a 64th, a 16th and a quarter of the full size;
 - tasks: 1 to 32 of a 16th;
-- full: 32 tasks of 1.25 G parameters, 262,144 × 4,096 of them in the embedding.
+- largest: 32 tasks of 1.25 G parameters, 262,144 × 4,096 of them in the embedding.
 
 Families of more than 4 tasks have 4 checkpoints under several names: each name is opened, read and
 coded like any other task. `published` is what the published method's code needs, which holds
@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -121,7 +120,8 @@ def measure(family: Family, sweep: str, tasks: int, folder: Path) -> list[dict]:
                 "published GiB": round((30 * tasks + 24) * family.parameters / GIB, 1),
                 "machine GiB": round(machine_memory() / GIB, 1),
             })  # fmt: skip
-            print_table(rows[-1:])
+            print(f"{tasks} tasks of {family.parameters:,}, {way}, {operation.__name__}: "
+                  f"{most / MIB:.1f} MiB, {seconds:.3f} s", flush=True)  # fmt: skip
             path.with_suffix(".safetensors").unlink(missing_ok=True)
         path.unlink()
     return rows
@@ -139,51 +139,31 @@ def needed_bytes(parameters: int, tasks: int) -> int:
     return (1 + CHECKPOINTS + 1) * checkpoint + largest + GIB // 16
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--elements", type=float, default=FULL,
-                        help="parameters of the largest family")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()),
-                        help="where checkpoints and files go")
-    parser.add_argument("--docs", action="store_true", help="write the table into docs/")
-    args = parser.parse_args()
-    if args.docs and args.elements != FULL:
-        parser.error("--docs is for complete runs: without --elements")
-    if args.docs:
-        around(PAGE, "memory")  # not after half an hour
-    needed = needed_bytes(elements(model(width_of(args.elements))), 32)
-    free = shutil.disk_usage(args.folder).free
-    if needed > free:
-        raise SystemExit(f"{needed:,} bytes are needed in {args.folder}, which has {free:,} free: "
-                         "give another --folder, or fewer --elements")  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up
+def run(parameters: float, folder: Path) -> list[dict]:
+    """Every family, each removed before the next is made."""
     rows = []
     for share, sweep, counts in (
         (64, "parameters", [8]),
         (16, "parameters", [8]),
         (4, "parameters", [8]),
         (16, "tasks", [1, 2, 4, 16, 32]),
-        (1, "full", [32]),
+        (1, "largest", [32]),
     ):
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            folder, width = Path(folder), width_of(args.elements / share)
-            family = make_family(folder / "family", model(width), "bfloat16", CHECKPOINTS)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            scratch, shapes = Path(scratch), model(width_of(parameters / share))
+            family = make_family(scratch / "family", shapes, "bfloat16", CHECKPOINTS)
             for tasks in counts:
-                rows += measure(family, sweep, tasks, folder)
-    print_table(rows)
-    if args.elements == FULL:
-        write_csv(RESULTS / "memory.csv", rows)
-    if args.docs:
-        write_part(PAGE, "memory", tables(rows))
+                rows += measure(family, sweep, tasks, scratch)
+    return rows
 
 
 def tables(rows: list[dict]) -> str:
-    """The full family by file; every family by what its files take to make, and to read at most."""
-    full, families = {}, {}
+    """The largest family by file; every family: each file to make, and to read at most."""
+    largest, families = {}, {}
     for row in rows:
         operation = row["operation"]
-        if row["sweep"] == "full":
-            line = full.setdefault(row["file"], {"file": row["file"]})
+        if row["sweep"] == "largest":
+            line = largest.setdefault(row["file"], {"file": row["file"]})
             line[f"{operation}, MiB"] = f"{row['peak MiB']:.0f}"
             line[f"{operation}, s"] = row["seconds"]
         key = row["parameters"], row["tasks"]
@@ -194,7 +174,40 @@ def tables(rows: list[dict]) -> str:
         })  # fmt: skip
         column = f"encode: {row['file']}" if operation == "encode" else f"{operation}, any"
         line[column] = f"{max(row['peak MiB'], float(line.get(column) or 0)):.0f}"
-    return "\n\n".join(markdown(list(lines.values())) for lines in (full, families))
+    return "\n\n".join(markdown(list(lines.values())) for lines in (largest, families))
+
+
+def leave(number, frame):
+    """End the process that is measured too, and remove the temporary folder."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    raise SystemExit(128 + number)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=float, default=FULL,
+                        help="parameters of the largest family")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()),
+                        help="where checkpoints and files go")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/")
+    args = parser.parse_args()
+    if args.docs and args.elements != FULL:
+        parser.error("--docs is for complete runs: without --elements")
+    if args.docs:
+        around(PAGE, "memory")  # not after half an hour
+    needed = needed_bytes(elements(model(width_of(args.elements))), 32)
+    free = shutil.disk_usage(args.folder).free
+    if needed > free:
+        raise SystemExit(f"{needed:,} bytes are needed in {args.folder}, which has {free:,} free: "
+                         "give another --folder, or fewer --elements")  # fmt: skip
+    signal.signal(signal.SIGTERM, leave)
+    rows = run(args.elements, args.folder)
+    print_table(rows)
+    if args.elements == FULL:
+        write_csv(RESULTS / "memory.csv", rows)
+    if args.docs:
+        write_part(PAGE, "memory", tables(rows))
 
 
 if __name__ == "__main__":
