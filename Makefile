@@ -56,7 +56,7 @@ test-python: .venv/built
 bench: .venv/built
 	$(BIN)/python benchmarks/kernels.py
 
-# Half an hour each, 30 GB of disk for a while; tables and plots of docs/benchmarks.md too.
+# Ten minutes, then half an hour and 30 GB of disk for a while; writes into docs/benchmarks.md too.
 bench-encoding: .venv/built .venv/bench-packages
 	$(BIN)/python benchmarks/encoding.py --docs
 	$(BIN)/python benchmarks/memory.py --docs

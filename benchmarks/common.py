@@ -2,8 +2,10 @@
 
 import csv
 import importlib.metadata
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
@@ -43,6 +45,16 @@ def median_of(contenders: dict, repeat: int = 7, warmup: int = 1,
             if turn >= warmup:
                 times[name].append(elapsed)
     return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def clean_up_when_terminated() -> None:
+    """Let SIGTERM end what is running, processes of multiprocessing too, by an exception: temporary
+    folders are removed."""
+    def leave(number, frame):
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise SystemExit(128 + number)
+    signal.signal(signal.SIGTERM, leave)
 
 
 def write_csv(path, rows: list) -> None:

@@ -1,6 +1,6 @@
 """What bounds encoding and decoding, and how they grow with a family.
 
-    python benchmarks/encoding.py              # twenty minutes, 6 GB of disk for a while
+    python benchmarks/encoding.py              # ten minutes, 6 GB of disk for a while
     python benchmarks/encoding.py --scale .01  # small tensors, few repeats: a look, nothing written
 
 Writes results/encoding.csv and results/scaling.csv; with --docs also the tables and plots of
@@ -37,6 +37,7 @@ from common import (
     DOCS,
     RESULTS,
     around,
+    clean_up_when_terminated,
     markdown,
     median_of,
     print_table,
@@ -409,7 +410,8 @@ def main():
     if args.docs and args.scale != 1:
         parser.error("--docs is for complete runs: without --scale")
     if args.docs:
-        around(PAGE, "encoding"), around(PAGE, "scaling")  # not after twenty minutes
+        around(PAGE, "encoding"), around(PAGE, "scaling")  # not after ten minutes
+    clean_up_when_terminated()
     width = 64 * max(1, round(16 * args.scale**0.5))
     repeat = 5 if args.scale == 1 else 2
     stage_rows = stages(args.folder, width, repeat)

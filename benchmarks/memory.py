@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +32,16 @@ from pathlib import Path
 import numpy as np
 
 import tallcodec
-from common import DOCS, RESULTS, around, markdown, print_table, write_csv, write_part
+from common import (
+    DOCS,
+    RESULTS,
+    around,
+    clean_up_when_terminated,
+    markdown,
+    print_table,
+    write_csv,
+    write_part,
+)
 from shapes import Shapes, llama
 from synthetic import DTYPES, Family, elements, make_family
 
@@ -177,13 +185,6 @@ def tables(rows: list[dict]) -> str:
     return "\n\n".join(markdown(list(lines.values())) for lines in (largest, families))
 
 
-def leave(number, frame):
-    """End the process that is measured too, and remove the temporary folder."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    raise SystemExit(128 + number)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--elements", type=float, default=FULL,
@@ -201,7 +202,7 @@ def main():
     if needed > free:
         raise SystemExit(f"{needed:,} bytes are needed in {args.folder}, which has {free:,} free: "
                          "give another --folder, or fewer --elements")  # fmt: skip
-    signal.signal(signal.SIGTERM, leave)
+    clean_up_when_terminated()
     rows = run(args.elements, args.folder)
     print_table(rows)
     if args.elements == FULL:

@@ -22,7 +22,6 @@ import argparse
 import itertools
 import math
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 import tallcodec
-from common import RESULTS, write_csv
+from common import RESULTS, clean_up_when_terminated, write_csv
 from shapes import ARCHITECTURES, Architecture
 from synthetic import elements, normal, write_checkpoint
 from tallcodec import _core
@@ -339,10 +338,6 @@ def distance_rows(rows: list) -> Iterator[dict]:
                "l1_all_parameters": round(r["l1_all"], 3)}  # fmt: skip
 
 
-def _leave(number, frame):
-    raise SystemExit(128 + number)  # so that the temporary folder is removed
-
-
 def run(models: list, folder: Path, threads: int) -> tuple[list, list]:
     """(storage rows, agreement rows), each family removed before the next is made."""
     storage, shares = [], []
@@ -381,7 +376,7 @@ def main():
     if args.predict:
         print(storage_table(predict(models)))
         return
-    signal.signal(signal.SIGTERM, _leave)
+    clean_up_when_terminated()
     storage, shares = run(models, args.folder, args.threads)
     if shares:
         print("\n" + agreement_table(shares) + "\n\n" + distance_table(shares))
