@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -202,7 +202,7 @@ def _write_safetensors(
     file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     memory = np.empty(min(end, _BATCH_BYTES), np.uint8)
-    for batch in _batches(names, specs):
+    for batch in batches(names, specs):
         ends = list(itertools.accumulate(size for _, _, size in batch))
         parts = [Part(name, begin, memory[to - size : to])
                  for (name, begin, size), to in zip(batch, ends)]  # fmt: skip
@@ -210,8 +210,9 @@ def _write_safetensors(
         file.write(memory[: ends[-1]])
 
 
-def _batches(names: list[str], specs: Specs) -> Iterator[list[tuple[str, int, int]]]:
-    """Lists of (name, first byte, bytes): whole tensors, or a piece of one that is too large."""
+def batches(names: Iterable[str], specs: Specs) -> Iterator[list[tuple[str, int, int]]]:
+    """Lists of (name, first byte, bytes), at most 64 MiB each: whole tensors, or a piece of one
+    that is too large."""
     batch: list[tuple[str, int, int]] = []
     room = _BATCH_BYTES
     for name in names:

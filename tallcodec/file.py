@@ -13,8 +13,14 @@ from typing import Any
 import zstandard
 
 from . import _core, frameworks, numbers
-from .checkpoint import Checkpoint, open_checkpoint, refuse_changed, refuse_input_as_output
-from .checkpoint_write import Part, write_checkpoint
+from .checkpoint import (
+    DTYPES,
+    Checkpoint,
+    open_checkpoint,
+    refuse_changed,
+    refuse_input_as_output,
+)
+from .checkpoint_write import Part, batches, write_checkpoint
 from .errors import (
     ArgumentError,
     BaseMismatchError,
@@ -29,6 +35,9 @@ from .info import FileInfo, Verification, read_info
 from .machine import check_threads
 from .progress import Progress, check_progress
 
+# What is mapped counts as the process's memory: of a file that is larger, the pages that were read
+# are let go of whenever a quarter of this has been decoded.
+_MAPPED = 384 << 20
 _DTYPE_NAMES = {number: name for name, number in numbers.DTYPES.items()}
 
 
@@ -110,6 +119,7 @@ class File:
                 message += "; is it a checkpoint? `tallcodec encode` makes .tall files of those"
             raise ReadError(error.errno, message) from error
         self._map = data or None
+        self._decoded = 0  # since pages were let go of
         self._core = _core.File(self._label, data)
         if base is not None:
             self._base = open_checkpoint(base)
@@ -194,6 +204,7 @@ class File:
             pointer = frameworks.address(tensor, out, dtype, part)
         length = math.prod(shape[1:])
         self._decode(number, [(index, pointer, start * length, (stop - start) * length)])
+        self._let_go((stop - start) * length * DTYPES[dtype].itemsize)
         return out
 
     def load(self, task: str | None) -> "Loaded":
@@ -341,17 +352,26 @@ class File:
         for name in out.keys() - set(names):
             raise TensorNotFoundError(f"out[{name!r}]: that tensor is not among those decoded")
         result: dict[str, Any] = {}
-        requests = []
+        ids, specs, pointers = {}, {}, {}
         for name in names:
-            tensor = self._tensor(name)
-            dtype, shape, _ = self._info(number, tensor)
+            ids[name] = self._tensor(name)
+            dtype, shape = specs[name] = self._info(number, ids[name])[:2]
             if name in out:
                 result[name] = out[name]
-                pointer = frameworks.address(name, out[name], dtype, shape)
+                pointers[name] = frameworks.address(name, out[name], dtype, shape)
             else:
-                result[name], pointer = frameworks.empty(self._framework, dtype, shape)
-            requests.append((tensor, pointer))
-        self._decode(number, requests, loaded)
+                result[name], pointers[name] = frameworks.empty(self._framework, dtype, shape)
+        if loaded is not None or self._stat.st_size <= _MAPPED:
+            self._decode(number, [(ids[name], pointers[name]) for name in names], loaded)
+            return result
+        for batch in batches(names, specs):
+            requests = []
+            for name, begin, size in batch:
+                itemsize = DTYPES[specs[name][0]].itemsize
+                part = pointers[name] + begin, begin // itemsize, size // itemsize
+                requests.append((ids[name], *part))
+            self._decode(number, requests)
+            self._let_go(sum(size for _, _, size in batch))
         return result
 
     def _decode(
@@ -368,6 +388,13 @@ class File:
         mapped = self._map
         if mapped is not None:
             mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _let_go(self, nbytes: int) -> None:
+        """So many bytes were decoded: of a large file, unmap what was read from time to time."""
+        self._decoded += nbytes
+        if self._decoded >= _MAPPED // 4 and self._stat.st_size > _MAPPED:
+            self._decoded = 0
+            self._unmap()
 
     def _with_base(
         self, number: int, requests: list[tuple[int, ...]], base: Checkpoint | None

@@ -74,6 +74,19 @@ def test_encoding_a_large_tensor(folder, options):
     assert peak_of(folder, code) < 128 * MIB
 
 
+@pytest.mark.parametrize("code", [
+    "f.decode('t')",
+    "f.decode('t', out={'w': np.empty((1000, 50_000), np.float32)})",
+    "f.state_dict('t')['w']",
+    "out = [f.decode_rows('t', 'w', i, i + 20) for i in range(0, 1000, 20)]",
+])
+def test_decoding_from_a_large_file(folder, code):
+    """What is read of it is let go of on the way: all of it is twice what the tensors take."""
+    code = ("import numpy as np; tallcodec.file._MAPPED = 48 << 20; "
+            f"f = tallcodec.open('raw.tall', 'np'); {code}")  # fmt: skip
+    assert peak_of(folder, code) < 4 * ELEMENTS + 192 * MIB
+
+
 @pytest.mark.parametrize("coding", ["raw", "entropy"])
 def test_a_large_tensor_that_is_stored_as_it_is(folder, coding):
     """Of another shape than the base's: too large to be compressed in memory."""
