@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from .checkpoint import DTYPES, TORCH_SUFFIXES, is_side_file, torch_dtype
+from .checkpoint import TORCH_SUFFIXES, is_side_file
 from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError
 from .machine import memory
+from .tensors import DTYPES, torch_dtype
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from . import frameworks
-from .checkpoint import torch_dtype
 from .file import File
 from .file import open as open_file
+from .tensors import torch_dtype
 
 
 class Reader(StorageReader):

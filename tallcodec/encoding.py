@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import zstandard
 
 from . import _core, numbers
-from .checkpoint import Checkpoint, Tensor, open_checkpoint, refuse_input_as_output
+from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .checkpoint_write import Partial, atomic_file, check_output, resumable_file
 from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
@@ -23,6 +23,7 @@ from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
 from .progress import Progress, check_progress
+from .tensors import Tensor
 from .thresholds import (
     BITS_GRID,
     GRID,

@@ -13,13 +13,7 @@ from typing import Any
 import zstandard
 
 from . import _core, frameworks, numbers
-from .checkpoint import (
-    DTYPES,
-    Checkpoint,
-    open_checkpoint,
-    refuse_changed,
-    refuse_input_as_output,
-)
+from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .checkpoint_write import Part, batches, write_checkpoint
 from .errors import (
     ArgumentError,
@@ -34,6 +28,7 @@ from .errors import (
 from .info import FileInfo, Verification, read_info
 from .machine import check_threads
 from .progress import Progress, check_progress
+from .tensors import DTYPES, refuse_changed
 
 # What is mapped counts as the process's memory: of a file that is larger, the pages that were read
 # are let go of whenever a quarter of this has been decoded.

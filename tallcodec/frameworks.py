@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .checkpoint import DTYPES, dtype_name, torch_dtype
 from .errors import ArgumentError, TensorMismatchError
+from .tensors import DTYPES, dtype_name, torch_dtype
 
 # New memory of as many bytes is asked for in huge pages, as NumPy does of itself: page by page
 # it takes longer to come than to be decoded into.

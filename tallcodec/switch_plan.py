@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import frameworks, hf, numbers
-from .checkpoint import dtype_name
 from .errors import ArgumentError, SwitchError, TensorMismatchError
 from .file import File, Loaded
+from .tensors import dtype_name
 
 _NAMED = 8  # tensors that a message names
 

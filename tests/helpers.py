@@ -9,8 +9,8 @@ import numpy as np
 import tallcodec
 from families import THRESHOLDS, family
 from tallcodec import reference
-from tallcodec.checkpoint import DTYPES, dtype_name, torch_dtype
 from tallcodec.reference import hash64, records
+from tallcodec.tensors import DTYPES, dtype_name, torch_dtype
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

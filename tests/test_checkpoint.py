@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from helpers import contents, every_dtype, expected, names_in
-from tallcodec.checkpoint import DTYPES, dtype_name, is_side_file, open_checkpoint, torch_dtype
+from tallcodec.checkpoint import is_side_file, open_checkpoint
 from tallcodec.errors import CheckpointError, ClosedError, ReadError
+from tallcodec.tensors import DTYPES, dtype_name, torch_dtype
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")

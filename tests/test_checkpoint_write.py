@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from helpers import contents, every_dtype, expected, names_in, torch_bytes
-from tallcodec.checkpoint import DTYPES, dtype_name, open_checkpoint
+from tallcodec.checkpoint import open_checkpoint
 from tallcodec.checkpoint_write import Part, atomic_file, parse_size, write_checkpoint
 from tallcodec.errors import ArgumentError, OutputExistsError, ReadError, WriteError
+from tallcodec.tensors import DTYPES, dtype_name
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors")
