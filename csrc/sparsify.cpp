@@ -9,6 +9,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "allocate.h"
 #include "float_environment.h"
 #include "mask_math.h"
 #include "moments.h"
@@ -82,33 +83,6 @@ void for_each_chunk(const Draft& d, const DraftTensor& t, uint32_t task, uint64_
   }
 }
 
-// log2 from additions and multiplications alone, so that no file depends on a library's.
-double log2_of(double x) {
-  int exponent;
-  double m = std::frexp(x, &exponent);
-  if (m < 0.70710678118654752) {
-    m *= 2;
-    --exponent;
-  }
-  const double t = (m - 1) / (m + 1), square = t * t;
-  double sum = 0;
-  for (int k = 21; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
-  return exponent + t * sum * 2.8853900817779268;  // 2 / ln 2
-}
-
-// Bits of a plane of n elements, `kept` of them not 0, at their entropy.
-double entropy(double n, double kept) {
-  double bits = kept + kept * log2_of(n / kept);
-  if (kept < n) bits += (n - kept) * log2_of(n / (n - kept));
-  return bits;
-}
-
-// What keeping the largest elements of a tensor costs and what error it leaves.
-struct Point {
-  uint64_t kept;
-  double bits, error;
-};
-
 // Magnitudes of one bin, added up exactly: their significands, for they have one exponent.
 struct Tally {
   uint64_t count = 0, significands = 0;
@@ -121,12 +95,6 @@ double sum_of(uint32_t bin, uint64_t significands) {
   const uint32_t exponent = bin >> (23 - kBinShift);
   return std::ldexp(static_cast<double>(significands), static_cast<int>(std::max(exponent, 1u)) - 150);
 }
-
-struct Bin {
-  uint32_t number;
-  uint64_t kept;  // elements in it and above
-  double sum;     // of those in it
-};
 
 // The elements kept: those whose magnitude has more than these bits and, of those that have just these,
 // evenly spread, so many.
@@ -146,8 +114,8 @@ struct Candidate {
   std::vector<double> unit_tau_sq;
   double tau_sq = 0;
   bool finite = true, base_finite = true;
-  std::vector<Bin> bins;      // those that are not empty, from the largest magnitude down
-  std::vector<Point> points;  // the lower convex hull, from the fewest bits up
+  std::vector<Bin> bins;
+  std::vector<Point> hull;
   // The second.
   Cut cut;
   float scale = 1;
@@ -158,100 +126,6 @@ struct Candidate {
 
   uint64_t units() const { return (elements + kUnit - 1) / kUnit; }
 };
-
-// No more of a tensor than this is kept, but for all of one whose magnitudes are nearly equal: what is
-// small then costs more than it is worth (docs/benchmarks.md).
-constexpr double kMostKept = 0.9, kEqual = 0.95;  // a share; a squared cosine
-
-// Adds a point to the hull, `sum` being that of the magnitudes kept. With the scale that makes the gain 1
-// the error is orthogonal to tau, and its square tau_sq * (1 / cos^2 - 1). Tensors compete by that over
-// the root of tau_sq, not by the whole of it: on real families small task vectors matter more than
-// their size says.
-void add_point(Candidate& c, uint64_t kept, double sum) {
-  const auto k = static_cast<double>(kept), n = static_cast<double>(c.elements);
-  std::vector<Point>& points = c.points;
-  const double inverse = c.tau_sq * k / (sum * sum);  // of the squared cosine
-  const Point p{kept, entropy(n, k), std::sqrt(c.tau_sq) * (inverse - 1)};
-  if (!points.empty() && (!(p.error < points.back().error) ||
-                          (k > kMostKept * n && !(kEqual * inverse < 1)))) {
-    return;
-  }
-  // Beyond two thirds of a tensor more elements take fewer bits.
-  while (!points.empty() && points.back().bits >= p.bits) points.pop_back();
-  while (points.size() > 1) {
-    const Point &a = points[points.size() - 2], &b = points.back();
-    if ((b.error - a.error) * (p.bits - a.bits) < (p.error - a.error) * (b.bits - a.bits)) break;
-    points.pop_back();
-  }
-  points.push_back(p);
-}
-
-// A point for every bin and, where one more than doubles what is kept, for every doubling in it; one for
-// the most that is kept.
-void find_hull(Candidate& c) {
-  const auto most = static_cast<uint64_t>(kMostKept * static_cast<double>(c.elements));
-  double sum = 0;
-  uint64_t before = 0;
-  for (const Bin& bin : c.bins) {
-    const double mean = bin.sum / static_cast<double>(bin.kept - before);
-    const auto inside = [&](uint64_t k) {
-      add_point(c, k, sum + static_cast<double>(k - before) * mean);
-    };
-    uint64_t k = std::max<uint64_t>(1, 2 * before);
-    for (; k < bin.kept && k < most; k *= 2) inside(k);
-    if (before < most && most < bin.kept) inside(most);
-    sum += bin.sum;
-    add_point(c, bin.kept, sum);
-    before = bin.kept;
-  }
-  if (!c.points.empty()) c.kept = c.points[0].kept;
-}
-
-// Shares the task's bits, or a number of elements, among a task's tensors: what lowers the error
-// most per bit comes first.
-void share(const Draft& d, uint32_t task, double elements, std::vector<Candidate>& candidates) {
-  struct Step {
-    double slope;
-    size_t candidate, point;
-  };
-  const double bits = d.tasks[task].threshold;
-  const bool by_bits = bits > 0;
-  const double budget = by_bits ? bits * elements : std::floor(d.recipe.density * elements);
-  const auto cost = [&](const Point& p) { return by_bits ? p.bits : static_cast<double>(p.kept); };
-  double spent = 0;
-  std::vector<Step> steps;
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    const std::vector<Point>& points = candidates[i].points;
-    if (points.empty()) continue;
-    spent += cost(points[0]);
-    for (size_t k = 0; k + 1 < points.size(); ++k) {
-      const Point &a = points[k], &b = points[k + 1];
-      steps.push_back({(a.error - b.error) / (b.bits - a.bits), i, k});
-    }
-  }
-  if (spent > budget && !(by_bits && d.recipe.least_bits)) {
-    throw Error(Status::Argument,
-                text("task '", d.tasks[task].name, "': ", by_bits ? "bits=" : "density=",
-                     by_bits ? bits : d.recipe.density,
-                     " cannot be met: the least, with something of every tensor, is ",
-                     spent / elements));
-  }
-  std::stable_sort(steps.begin(), steps.end(),
-                   [](const Step& a, const Step& b) { return a.slope > b.slope; });
-  for (const Step& step : steps) {
-    Candidate& c = candidates[step.candidate];
-    const Point &a = c.points[step.point], &b = c.points[step.point + 1];
-    const double price = cost(b) - cost(a);
-    if (spent + price > budget) {
-      if (spent > budget || (by_bits && 3 * b.kept > 2 * c.elements)) break;
-      c.kept = a.kept + static_cast<uint64_t>(static_cast<double>(b.kept - a.kept) *
-                                              ((budget - spent) / price));
-      break;
-    }
-    spent += price;
-    c.kept = b.kept;
-  }
-}
 
 [[noreturn]] void changed(const Draft& d, uint32_t tensor, uint32_t task) {
   throw Error(Status::Read, text(who(d, d.tensors[tensor], task), ": it, or the base, was changed ",
@@ -271,14 +145,14 @@ struct Kept {
     }
   }
 
-  // Of what is decoded with this scale; element j adds to lane j mod 16.
-  Moments moments(double tau_sq, float scale, DType dtype) const {
+  // Those of what is decoded with this scale, but for tau_sq; element j adds to lane j mod 16.
+  Moments moments(float scale, DType dtype) const {
     switch (dtype) {
-      case DType::F32: return sums(tau_sq, scale, [](float step, float) { return step; });
-      case DType::F16: return sums(tau_sq, scale, [](float step, float b) {
+      case DType::F32: return sums(scale, [](float step, float) { return step; });
+      case DType::F16: return sums(scale, [](float step, float b) {
         return f16_to_f32(f32_to_f16(b + step)) - b;
       });
-      default: return sums(tau_sq, scale, [](float step, float b) {
+      default: return sums(scale, [](float step, float b) {
         return bf16_to_f32(f32_to_bf16(b + step)) - b;
       });
     }
@@ -286,7 +160,7 @@ struct Kept {
 
  private:
   template <class Approx>
-  Moments sums(double tau_sq, float scale, Approx approx) const {
+  Moments sums(float scale, Approx approx) const {
     double dot[kLanes] = {}, approx_sq[kLanes] = {};
     const auto add = [&](size_t i, size_t lane) {
       const double a = approx(tau[i] < 0 ? -scale : scale, base[i]);
@@ -298,21 +172,21 @@ struct Kept {
       for (size_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
     }
     for (size_t lane = 0; i < tau.size(); ++i, ++lane) add(i, lane);
-    return {tau_sq, add_lanes(dot), add_lanes(approx_sq)};
+    return {0, add_lanes(dot), add_lanes(approx_sq)};
   }
 };
 
 // The scale with which the rounded checkpoint has this sum of tau * approx, or as near as sixteen
 // halvings of two octaves around the scale without rounding come.
-float corrected(const Kept& kept, double tau_sq, float scale, double wanted, DType dtype) {
+float corrected(const Kept& kept, float scale, double wanted, DType dtype) {
   const uint32_t middle = float_bits(scale), octaves = 2u << 23;
   uint32_t low = middle > octaves ? middle - octaves : 0;
   uint32_t high = std::min(middle + octaves, kInfinity - 1);
-  double below = kept.moments(tau_sq, float_of(low), dtype).dot;
-  double above = kept.moments(tau_sq, float_of(high), dtype).dot;
+  double below = kept.moments(float_of(low), dtype).dot;
+  double above = kept.moments(float_of(high), dtype).dot;
   for (int step = 0; step < kSearchSteps; ++step) {
     const uint32_t half = low + (high - low) / 2;
-    const double dot = kept.moments(tau_sq, float_of(half), dtype).dot;
+    const double dot = kept.moments(float_of(half), dtype).dot;
     if (dot < wanted) {
       low = half;
       below = dot;
@@ -392,7 +266,7 @@ class Sparsifier {
                                      [](const Candidate& c) { return !c.finite; }),
                       candidates_.end());
     for (const Candidate& c : candidates_) elements += c.elements;
-    share(d_, task_, static_cast<double>(elements), candidates_);
+    allocate_to(elements);
     find_cuts();
     const uint64_t begin = d_.end;
     write();
@@ -472,8 +346,17 @@ class Sparsifier {
         kept += all[bin].count;
         c.bins.push_back({bin, kept, sum_of(bin, all[bin].significands)});
       }
-      find_hull(c);
+      c.hull = find_hull(c.elements, c.tau_sq, c.bins);
     });
+  }
+
+  void allocate_to(uint64_t elements) {
+    std::vector<Curve> curves;
+    for (const Candidate& c : candidates_) curves.push_back({c.elements, &c.hull});
+    const DraftTask& task = d_.tasks[task_];
+    const Budget budget{task.threshold, d_.recipe.density, d_.recipe.least_bits, static_cast<double>(elements)};
+    const std::vector<uint64_t> kept = allocate(budget, curves, text("task '", task.name, "'"));
+    for (size_t i = 0; i < kept.size(); ++i) candidates_[i].kept = kept[i];
   }
 
   // The second reading, of those tensors that do not keep whole bins: where the cut is. The scales.
@@ -574,8 +457,8 @@ class Sparsifier {
         for (uint64_t at = 0; at < chunk.n; at += 64) sample.add(chunk, at, selection.group(chunk, at).first);
       });
     }
-    const double wanted = scaled(sample.moments(0, 1, DType::F32), scale).dot;
-    return corrected(sample, 0, scale, wanted, dtype);
+    const double wanted = scaled(sample.moments(1, DType::F32), scale).dot;
+    return corrected(sample, scale, wanted, dtype);
   }
 
   // The third reading: raw planes, one after the other, and the entries.
@@ -607,7 +490,7 @@ class Sparsifier {
         TernaryCoder::count(reinterpret_cast<const uint8_t*>(mask.data()) + at / 8,
                             std::min(kTernaryBlock, n - at), gaps);
       }
-      c.unit_moments[unit] = kept.moments(0, c.scale, e.dtype);
+      c.unit_moments[unit] = kept.moments(c.scale, e.dtype);
       std::lock_guard lock(mutex_);
       for (uint32_t s = 0; s < kGapSymbols; ++s) c.gaps[s] += gaps[s];
       selection.add_to(c.found);

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tallcodec: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tallcodec: interrupted", file=sys.stderr)
+        kept = "; the same command goes on" if getattr(arguments, "resume", False) else ""
+        print(f"tallcodec: interrupted{kept}", file=sys.stderr)
         return 130
     if arguments.json:
         text = json.dumps(_finite(result), ensure_ascii=False, indent=1)
