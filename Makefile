@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-peers test-vllm test-serve clean
+.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve clean
 
 all: .venv/built
 
@@ -83,10 +83,10 @@ bench-quality: .venv/built .venv/bench-packages
 	touch $@
 
 # The packages one could install instead, in an environment of their own (1 GB, most of it PyTorch's CPU build); 17 minutes.
-bench-peers: .venv/built build/peers/packages
+bench-end-to-end: .venv/built build/peers/packages
 	test -e $${TALLCODEC_CACHE:-$$HOME/.cache/tallcodec}/minilm/meta.json || \
 		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
-	$(BIN)/python benchmarks/peers.py --python build/peers/bin/python
+	$(BIN)/python benchmarks/end_to_end.py --python build/peers/bin/python
 
 # vLLM on the CPU, in an environment of its own: 3.4 GB and some minutes to install, one to run.
 # Ray Serve and FastAPI, in another (1.5 GB): 10,000 requests each over HTTP, some minutes.

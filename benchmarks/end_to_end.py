@@ -1,11 +1,11 @@
 """tallcodec beside the packages one could install instead: bytes, speed, memory, exactness.
 
-    make bench-peers
+    make bench-end-to-end
 
 Each package stores the MiniLM family (a base, eight tasks) the way its documentation says a family
 of checkpoints is stored, once in float32 and once cast to bfloat16. Every encode and every decode
 of a contender is a process of its own; contenders take turns. What a package gives back is compared
-with the original, bit for bit. Prints markdown tables and writes results/peers.csv.
+with the original, bit for bit. Prints markdown tables and writes results/end_to_end.csv.
 """
 
 import argparse
@@ -563,7 +563,7 @@ def main():
         if r["failed"]:
             print(f"{r['dtype']}, {r['method']}: {r['failed']}")
     if not args.only and not args.dtype:
-        write_csv(RESULTS / "peers.csv", rows)
+        write_csv(RESULTS / "end_to_end.csv", rows)
 
 
 if __name__ == "__main__":
