@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +38,8 @@ SLOW = 15  # seconds from which on an encode is timed once, not in every round
 
 COLUMNS = {  # of the tables, and how they format them
     "bytes": ",", "models": ".2f", "ratio": ".2f", "exact": "", "error": ".3f", "gain": ".2f",
-    "encode_gbps": ".2f", "decode_gbps": ".2f", "encode_mb": ",.0f", "decode_mb": ",.0f",
-    "threads": "",
+    "encode_s": ".2f", "encode_gbps": ".2f", "decode_s": ".3f", "encode_mb": ",.0f",
+    "decode_mb": ",.0f", "threads": "",
 }
 
 
@@ -66,7 +66,7 @@ class Contender:
     """A package and how it stores a family; made in the child process, so it imports there.
 
     encode() writes all tasks, and the base where decoding needs it in another form than the
-    checkpoint. reader() returns a function from a task's name to its tensors: in memory, read.
+    checkpoint. decode() opens what is stored and returns the tensors of one task: in memory, read.
     """
 
     package = ""
@@ -75,14 +75,13 @@ class Contender:
     threads = (1, 1)  # most that encode and decode use
     dtypes = tuple(DTYPES)  # families it is measured on
 
-    def __init__(self, stack):
-        self.stack = stack
+    def __init__(self):
         self.lib = importlib.import_module(self.module or self.package)
 
     def encode(self, job):
         raise NotImplementedError
 
-    def reader(self, job):
+    def decode(self, job, task):
         raise NotImplementedError
 
 
@@ -95,10 +94,8 @@ class Safetensors(Contender):
         for task in job.tasks:
             save_file(load_file(job.checkpoint(task)), job.store / task)
 
-    def reader(self, job):
-        def read(task):  # load_file alone has mapped the file and read nothing
-            return {k: v.clone() for k, v in load_file(job.store / task).items()}
-        return read
+    def decode(self, job, task):  # load_file alone has mapped the file and read nothing
+        return {k: v.clone() for k, v in load_file(job.store / task).items()}
 
 
 class Tall(Contender):
@@ -111,10 +108,10 @@ class Tall(Contender):
         self.lib.encode(job.base, tasks, job.store / "family.tall", threads=job.threads,
                         **self.options)
 
-    def reader(self, job):
+    def decode(self, job, task):
         path = job.store / "family.tall"
-        file = self.lib.open(path, framework="pt", threads=job.threads)
-        return self.stack.enter_context(file).decode
+        with self.lib.open(path, framework="pt", threads=job.threads) as file:
+            return file.decode(task)
 
 
 class TallUnitGain(Tall):
@@ -143,9 +140,9 @@ class Zstandard(Contender):
             packed = compressor.compress(job.checkpoint(task).read_bytes())
             (job.store / task).write_bytes(packed)
 
-    def reader(self, job):
-        decompressor = self.lib.ZstdDecompressor()
-        return lambda task: tensors_in(decompressor.decompress((job.store / task).read_bytes()))
+    def decode(self, job, task):
+        packed = (job.store / task).read_bytes()
+        return tensors_in(self.lib.ZstdDecompressor().decompress(packed))
 
 
 class ZstandardPrefix(Contender):
@@ -168,12 +165,12 @@ class ZstandardPrefix(Contender):
             packed = compressor.compress(job.checkpoint(task).read_bytes())
             (job.store / task).write_bytes(packed)
 
-    def reader(self, job):
+    def decode(self, job, task):
         base = self.lib.ZstdDecompressor().decompress((job.store / BASE).read_bytes())
         decompressor = self.lib.ZstdDecompressor(
             dict_data=self.lib.ZstdCompressionDict(base, self.lib.DICT_TYPE_RAWCONTENT),
             max_window_size=1 << (2 * len(base)).bit_length())
-        return lambda task: tensors_in(decompressor.decompress((job.store / task).read_bytes()))
+        return tensors_in(decompressor.decompress((job.store / task).read_bytes()))
 
 
 class Zipnn(Contender):
@@ -191,9 +188,8 @@ class Zipnn(Contender):
             packed = codec.compress(job.checkpoint(task).read_bytes())
             (job.store / task).write_bytes(packed)
 
-    def reader(self, job):
-        codec = self.codec(job)
-        return lambda task: tensors_in(codec.decompress((job.store / task).read_bytes()))
+    def decode(self, job, task):
+        return tensors_in(self.codec(job).decompress((job.store / task).read_bytes()))
 
 
 class ZipnnDelta(Zipnn):
@@ -207,14 +203,11 @@ class ZipnnDelta(Zipnn):
             packed = codec.compress(job.checkpoint(task).read_bytes(), delta_second_data=base)
             (job.store / task).write_bytes(packed)
 
-    def reader(self, job):
+    def decode(self, job, task):
         base = bytes(self.codec(job).decompress((job.store / BASE).read_bytes()))
         codec = self.codec(job, delta_compressed_type="byte")
-
-        def read(task):
-            packed = (job.store / task).read_bytes()
-            return tensors_in(codec.decompress(packed, delta_second_data=base))
-        return read
+        packed = (job.store / task).read_bytes()
+        return tensors_in(codec.decompress(packed, delta_second_data=base))
 
 
 class Lmzip(Contender):
@@ -224,17 +217,17 @@ class Lmzip(Contender):
     module = "lmz"
     threads = (2, 2)
 
-    def __init__(self, stack):
-        super().__init__(stack)
+    def __init__(self):
+        super().__init__()
         self.lib.backends()  # compiles its native kernel, the first time
 
     def encode(self, job):
         self.lib.compress(str(job.folder), str(job.store / "family.lmz"), workers=job.threads)
 
-    def reader(self, job):
+    def decode(self, job, task):
         path = str(job.store / "family.lmz")
-        archive = self.stack.enter_context(self.lib.MappedArchive(path, workers=job.threads))
-        return lambda task: tensors_in(archive.read_member(f"{task}/model.safetensors"))
+        with self.lib.MappedArchive(path, workers=job.threads) as archive:
+            return tensors_in(archive.read_member(f"{task}/model.safetensors"))
 
 
 class Reminis(Contender):
@@ -250,16 +243,12 @@ class Reminis(Contender):
                 source = str(job.checkpoint(task))
                 registry.add_derived(source, task, parent=BASE, verbose=False)
 
-    def reader(self, job):
-        registry = self.lib.Registry(job.store / "family.db", create=False)
-        self.stack.enter_context(registry)
-
-        def read(task):  # shapes are stored last dimension first
-            return {
+    def decode(self, job, task):
+        with self.lib.Registry(job.store / "family.db", create=False) as registry:
+            return {  # shapes are stored last dimension first
                 name: torch.frombuffer(blob, dtype=TORCH[dtype]).view(json.loads(shape)[::-1])
                 for name, shape, dtype, _, _, blob in registry.tensors(task)
             }
-        return read
 
 
 class Deltatensors(Contender):
@@ -273,13 +262,10 @@ class Deltatensors(Contender):
             self.lib.save_delta_from_paths(
                 job.store / task, job.folder / task, job.folder / BASE, strategy=self.strategy)
 
-    def reader(self, job):
+    def decode(self, job, task):
         dtype = DTYPES[dtype_of(job)]
-
-        def read(task):
-            arrays = self.lib.load_delta_from_paths(job.store / task, job.folder / BASE)
-            return {k: torch.from_numpy(v).to(dtype) for k, v in arrays.items()}
-        return read
+        arrays = self.lib.load_delta_from_paths(job.store / task, job.folder / BASE)
+        return {k: torch.from_numpy(v).to(dtype) for k, v in arrays.items()}
 
 
 class DeltatensorsSign(Deltatensors):
@@ -305,12 +291,11 @@ class Fireworks(Contender):
                     diff_file=str(job.store / task), compression_format=self.coding,
                     executor=pool)
 
-    def reader(self, job):
-        base = load_file(job.base)
-        pool = self.stack.enter_context(ThreadPoolExecutor(job.threads))
-        return lambda task: self.lib.delta_decompress_dict_from_file(
-            src=base, diff_file=str(job.store / task), compression_format=self.coding,
-            executor=pool)
+    def decode(self, job, task):
+        with ThreadPoolExecutor(job.threads) as pool:
+            return self.lib.delta_decompress_dict_from_file(
+                src=load_file(job.base), diff_file=str(job.store / task),
+                compression_format=self.coding, executor=pool)
 
 
 class FireworksXor(Fireworks):
@@ -376,7 +361,7 @@ def measured(function):
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory("VmRSS")
     start = time.perf_counter()
-    function()
+    _kept = function()  # freed when the clock has stopped
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "mb": (memory("VmHWM") - before) / 1e6}
 
@@ -390,13 +375,11 @@ def encode(contender, job):
 
 
 def decode(contender, job):
-    """Every task once, from opening what is stored; each is let go before the next."""
-    def run():
-        read = contender.reader(job)
-        for task in job.tasks:
-            read(task)
+    """One task, from opening what is stored: the median of all in turn, the most memory of any."""
     with redirect_stdout(sys.stderr):
-        return measured(run)
+        runs = [measured(lambda: contender.decode(job, task)) for task in job.tasks]
+    return {"seconds": statistics.median(run["seconds"] for run in runs),
+            "mb": max(run["mb"] for run in runs)}
 
 
 class Fidelity(NamedTuple):
@@ -427,10 +410,10 @@ def fidelity(base, tuned, decoded):
 
 def verify(contender, job):
     """Mean fidelity over the tasks; exact if every task is."""
+    base = load_file(job.base)
     with redirect_stdout(sys.stderr):
-        read = contender.reader(job)
-        base = load_file(job.base)
-        found = [fidelity(base, load_file(job.checkpoint(t)), read(t)) for t in job.tasks]
+        found = [fidelity(base, load_file(job.checkpoint(task)), contender.decode(job, task))
+                 for task in job.tasks]
     exact, error, gain = zip(*found)
     return Fidelity(all(exact), statistics.mean(error), statistics.mean(gain))._asdict()
 
@@ -442,8 +425,7 @@ def child(name, phase, job):
     """One phase of one contender, in a process of its own; prints its figures as JSON."""
     warnings.filterwarnings("ignore", "The given buffer is not writable")
     torch.set_num_threads(job.threads)
-    with ExitStack() as stack:
-        print(json.dumps(PHASES[phase](CONTENDERS[name](stack), job)))
+    print(json.dumps(PHASES[phase](CONTENDERS[name](), job)))
 
 
 def run_child(python, name, phase, job):
@@ -465,9 +447,9 @@ def python_of(contender, peers):
     return sys.executable if contender.package == "tallcodec" else peers
 
 
-def prepare(family, folder, dtype):
-    """Write the family as FOLDER/NAME/model.safetensors in the given dtype."""
-    for name, path in {BASE: family.base_path, **family.paths}.items():
+def prepare(checkpoints, folder, dtype):
+    """Write {name: path} as FOLDER/NAME/model.safetensors in the given dtype."""
+    for name, path in checkpoints.items():
         target = folder / name / "model.safetensors"
         target.parent.mkdir(parents=True)
         save_file({k: v.to(dtype) for k, v in load_file(path).items()}, target)
@@ -508,13 +490,13 @@ def row(name, dtype, found, job):
     every = sum(job.checkpoint(task).stat().st_size for task in job.tasks)
     size = found["encode"][0]["bytes"]
     for phase in ("encode", "decode"):
-        seconds = statistics.median(run["seconds"] for run in found[phase])
-        columns[f"{phase}_gbps"] = every / seconds / 1e9
-        columns[f"{phase}_mb"] = statistics.median(run["mb"] for run in found[phase])
+        for figure, key in {"seconds": "s", "mb": "mb"}.items():
+            columns[f"{phase}_{key}"] = statistics.median(run[figure] for run in found[phase])
     threads = "/".join(str(min(most, job.threads)) for most in contender.threads)
     return columns | found["verify"][0] | {
         "version": found["encode"][0]["version"], "bytes": size, "models": size / one,
-        "ratio": every / size, "threads": threads,
+        "ratio": every / size, "encode_gbps": every / columns["encode_s"] / 1e9,
+        "threads": threads,
     }
 
 
@@ -540,6 +522,8 @@ def main():
     ap.add_argument("--python", help="the interpreter of the environment with the peers")
     ap.add_argument("--only", help="contenders whose names contain this (no results are written)")
     ap.add_argument("--dtype", choices=DTYPES, help="only this one (no results are written)")
+    ap.add_argument("--small", action="store_true",
+                    help="to try it: two tasks, one round (no results are written)")
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--contender", help=argparse.SUPPRESS)
@@ -550,19 +534,21 @@ def main():
         child(args.contender, args.phase, Job(args.family, args.store, args.threads))
         return
     family, rows = Family(args.family), []
+    tasks, rounds = (family.tasks[:2], 1) if args.small else (family.tasks, args.rounds)
+    checkpoints = {BASE: family.base_path, **{task: family.paths[task] for task in tasks}}
     for dtype in [args.dtype] if args.dtype else DTYPES:
         names = [name for name, contender in CONTENDERS.items()
                  if dtype in contender.dtypes and (not args.only or args.only in name)]
         with tempfile.TemporaryDirectory() as folder:
             job = Job(Path(folder) / "family", Path(folder) / "stores", args.threads)
-            prepare(family, job.folder, DTYPES[dtype])
-            found = measure(names, job, args.python or sys.executable, args.rounds)
+            prepare(checkpoints, job.folder, DTYPES[dtype])
+            found = measure(names, job, args.python or sys.executable, rounds)
             rows += [row(name, dtype, figures, job) for name, figures in found.items()]
         print(f"\n{dtype}\n\n{markdown([r for r in rows if r['dtype'] == dtype])}\n")
     for r in rows:
         if r["failed"]:
             print(f"{r['dtype']}, {r['method']}: {r['failed']}")
-    if not args.only and not args.dtype:
+    if not (args.only or args.dtype or args.small):
         write_csv(RESULTS / "end_to_end.csv", rows)
 
 
