@@ -82,11 +82,11 @@ bench-quality: .venv/built .venv/bench-packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
-# The packages one could install instead, in an environment of their own (1 GB, most of it PyTorch's CPU build); 17 minutes.
+# The packages one could install instead, in an environment of their own (1 GB, most of it PyTorch's CPU build); 20 minutes; writes into docs/benchmarks.md too.
 bench-end-to-end: .venv/built build/peers/packages
 	test -e $${TALLCODEC_CACHE:-$$HOME/.cache/tallcodec}/minilm/meta.json || \
 		PYTHONPATH=benchmarks $(BIN)/python -m minilm.make_checkpoints
-	$(BIN)/python benchmarks/end_to_end.py --python build/peers/bin/python
+	$(BIN)/python benchmarks/end_to_end.py --python build/peers/bin/python --docs
 
 # vLLM on the CPU, in an environment of its own: 3.4 GB and some minutes to install, one to run.
 # Ray Serve and FastAPI, in another (1.5 GB): 10,000 requests each over HTTP, some minutes.

@@ -6,8 +6,8 @@ Each stores the MiniLM family (a base, eight tasks), packages the way their docu
 family of checkpoints is stored, once in float32 and once cast to bfloat16. Measured are the seconds
 and the memory of encoding the family and of decoding one task, from opening what is stored to
 tensors in memory, the bytes, and how what comes back differs from the original. Every encode and
-every decode of a contender is a process of its own; contenders take turns. Prints the tables of
-docs/benchmarks.md and writes results/end_to_end.csv.
+every decode of a contender is a process of its own; contenders take turns. Prints tables and
+writes results/end_to_end.csv; with --docs also the tables in docs/benchmarks.md.
 """
 
 import argparse
@@ -30,9 +30,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import RESULTS, write_csv
+from common import (
+    DOCS,
+    RESULTS,
+    around,
+    clean_up_when_terminated,
+    markdown,
+    write_csv,
+    write_part,
+)
 from minilm import FAMILY, Family
 
+PAGE = DOCS / "benchmarks.md"
 BASE = "0-base"  # sorts before every task: lmzip refers to files that came earlier
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16}  # names in safetensors headers
@@ -554,14 +563,13 @@ def row(name, dtype, found, job):
     }
 
 
-def markdown(rows):
+def table(rows):
     """A table of docs/benchmarks.md."""
-    lines = [["method", *(key.replace("_", " ") for key in COLUMNS)]]
-    lines.append(["---"] + ["---:"] * len(COLUMNS))
+    lines = []
     for r in rows:
-        cells = [cell(r[key], spec) for key, spec in COLUMNS.items()]
-        lines.append([f"{r['method']} {r['version']}".strip(), *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        cells = {key.replace("_", " "): cell(r[key], spec) for key, spec in COLUMNS.items()}
+        lines.append({"method": f"{r['method']} {r['version']}".strip(), **cells})
+    return markdown(lines)
 
 
 def cell(value, spec):
@@ -580,6 +588,7 @@ def main():
                     help="to try it: two tasks, one round (no results are written)")
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--docs", action="store_true", help="write the tables into docs/benchmarks.md")
     ap.add_argument("--contender", help=argparse.SUPPRESS)
     ap.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     ap.add_argument("--store", type=Path, help=argparse.SUPPRESS)
@@ -587,7 +596,13 @@ def main():
     if args.phase:
         child(args.contender, args.phase, Job(args.family, args.store, args.threads))
         return
-    family, rows = Family(args.family), []
+    complete = not (args.only or args.dtype or args.small)
+    if args.docs:
+        if not complete:
+            ap.error("--docs is for complete runs: without --only, --dtype and --small")
+        around(PAGE, "end_to_end")  # not after twenty minutes
+    clean_up_when_terminated()
+    family, rows, tables = Family(args.family), [], []
     tasks, rounds = (family.tasks[:2], 1) if args.small else (family.tasks, args.rounds)
     names = [name for name in CONTENDERS if not args.only or args.only in name]
     checkpoints = {BASE: family.base_path, **{task: family.paths[task] for task in tasks}}
@@ -597,12 +612,15 @@ def main():
             prepare(checkpoints, job.folder, DTYPES[dtype])
             found = measure(names, job, args.python or sys.executable, rounds)
             rows += [row(name, dtype, figures, job) for name, figures in found.items()]
-        print(f"\n{dtype}\n\n{markdown([r for r in rows if r['dtype'] == dtype])}\n")
+        tables += [f"{dtype}:", table([r for r in rows if r["dtype"] == dtype])]
+        print("", *tables[-2:], "", sep="\n")
     for r in rows:
         if r["failed"]:
             print(f"{r['dtype']}, {r['method']}: {r['failed']}")
-    if not (args.only or args.dtype or args.small):
+    if complete:
         write_csv(RESULTS / "end_to_end.csv", rows)
+    if args.docs:
+        write_part(PAGE, "end_to_end", "\n\n".join(tables))
 
 
 if __name__ == "__main__":
