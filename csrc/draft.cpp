@@ -130,14 +130,14 @@ uint32_t Draft::append(PlaneKind kind, const Source& source, uint64_t size) {
   return id;
 }
 
-void Draft::shorten(uint64_t size) const {
+void Draft::resize(uint64_t size) const {
   if (::ftruncate(fd, static_cast<off_t>(size)) != 0) {
-    throw Error(Status::Write, text(label, ": cannot be cut short: ", std::strerror(errno)), errno);
+    throw Error(Status::Write, text(label, ": cannot be given its size: ", std::strerror(errno)), errno);
   }
 }
 
 void Draft::truncate(uint64_t begin, uint64_t size) {
-  shorten(size);
+  resize(size);
   end = size;
   for (DraftPlane& p : planes) {
     if (p.dropped && p.record.offset >= begin) p.record.size = 0;

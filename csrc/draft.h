@@ -104,7 +104,7 @@ struct Draft {
   uint32_t append(PlaneKind kind, const Source& source, uint64_t size);
   // Ends the file at `size`. Dropped planes from `begin` on were behind it, or between what moved up.
   void truncate(uint64_t begin, uint64_t size);
-  void shorten(uint64_t size) const;
+  void resize(uint64_t size) const;
   // What was reserved for the plane becomes a free range; its name becomes kNone.
   void drop(uint32_t& plane);
   // An entry with NaN or infinity, its task's or the base's, becomes verbatim.
@@ -137,11 +137,12 @@ class Values {
   std::vector<std::vector<uint8_t>> task_buffer_;
 };
 
-// A unit of a tensor that is read, of its base and these tasks.
+// A unit of a tensor that is read, of its base and these tasks. Others may change what the tensor's tasks are
+// while it is, so they are named beforehand.
 struct Reading {
   const DraftTensor& tensor;
   uint64_t unit;
-  std::vector<uint32_t> tasks;
+  const std::vector<uint32_t>& tasks;
 
   // Tell the system that it will be read soon, or has been and is not needed any more.
   void will_be() const;
@@ -156,9 +157,8 @@ void for_each_reading(const std::vector<Item>& items, const Options& options, co
     FloatEnvironment in_this_thread;
     const uint64_t ahead = i + std::max(1u, options.threads);
     if (ahead < items.size()) reading(items[ahead]).will_be();
-    const Reading here = reading(items[i]);  // before the body may change what is read of it
     body(items[i], worker);
-    if (options.drop_cache) here.has_been();
+    if (options.drop_cache) reading(items[i]).has_been();
   });
 }
 

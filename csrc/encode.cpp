@@ -375,9 +375,10 @@ void Encoder::run(const Options& options) {
     }
     if (d.recipe.method == Method::Adapted) adapt(d, found, coded, options);
     std::vector<std::atomic<uint64_t>> done(d.tensors.size());
+    std::vector<std::vector<uint32_t>> tasks(d.tensors.size());
+    for (uint32_t i : left) tasks[i] = d.read_tasks(d.tensors[i]);
     const auto reading = [&](const Item& item) {
-      const DraftTensor& t = d.tensors[item.tensor];
-      return Reading{t, item.unit, d.read_tasks(t)};
+      return Reading{d.tensors[item.tensor], item.unit, tasks[item.tensor]};
     };
     for_each_reading(items, options, "encoding", reading, [&](const Item& item, unsigned worker) {
       DraftTensor& t = d.tensors[item.tensor];

@@ -170,15 +170,64 @@ std::vector<Journal::Record> Journal::read() {
       size_ += 16 + record_size;
     }
   } catch (const Error&) {
-    // Whoever wrote it was interrupted. What follows is written over it.
+    // Whoever wrote it was interrupted.
   }
+  shorten();
   return records;
+}
+
+void Journal::shorten() const {
+  if (::ftruncate(fd_, static_cast<off_t>(size_)) != 0) {
+    throw Error(Status::Write, text(label_, ": its journal cannot be cut short: ", std::strerror(errno)), errno);
+  }
+}
+
+// Planes beyond those that are reserved are ternary ones. No plane grows.
+bool Journal::fits(const Record& r, const Draft& d) {
+  const auto count = d.planes.size() + d.tasks.size() * d.tensors.size();
+  const auto same = [](uint32_t plane, uint32_t reserved) { return plane == reserved || plane == kNone; };
+  constexpr uint64_t kMost = uint64_t{1} << 62;
+  if (r.step < Step::Surveyed || r.step > Step::Sparsified || r.end > kMost) return false;
+  if (r.step == Step::Surveyed && r.note.size() != 4 * (1 + d.tasks.size() / d.recipe.trials)) return false;
+  for (const auto& [id, plane] : r.planes) {
+    const PlaneRecord& p = plane.record;
+    const bool external = p.coding == PlaneCoding::External;
+    if (id >= count || p.size > r.end || p.offset > kMost || p.raw_size > kMost) return false;
+    if (id < d.planes.size()) {
+      const PlaneRecord& reserved = d.planes[id].record;
+      const bool same = p.kind == reserved.kind && p.raw_size == reserved.raw_size && p.size <= reserved.size;
+      if (!same || external != (reserved.coding == PlaneCoding::External)) return false;
+    } else if (p.kind != PlaneKind::Ternary || external) {
+      return false;
+    }
+    if (plane.sums.size() != sum_count(external ? p.raw_size : p.size) && !plane.dropped) return false;
+    if (!external && p.offset + p.size > r.end && r.step != Step::Waiting) return false;
+  }
+  for (const auto& [id, tensor] : r.tensors) {
+    if (id >= d.tensors.size() || tensor.second.size() > d.tasks.size() + 1) return false;
+    const TensorRecord &now = tensor.first, &then = d.tensors[id].record;
+    if (now.base_plane != then.base_plane || !same(now.shared_plane, then.shared_plane) ||
+        !same(now.shared_scales_plane, then.shared_scales_plane)) {
+      return false;
+    }
+  }
+  for (const auto& [where, entry] : r.entries) {
+    if (where.first >= d.tasks.size() || where.second >= d.tensors.size()) return false;
+    const EntryRecord& then = d.tensors[where.second].entries[where.first].record;
+    const bool ternary = entry.coding == Coding::Ternary && entry.plane >= d.planes.size() && entry.plane < count;
+    if (!(ternary || same(entry.plane, then.plane)) || !same(entry.scales_plane, then.scales_plane)) return false;
+  }
+  return true;
 }
 
 void Journal::restore(Draft& d, const Options& options) {
   if (fd_ < 0) return;
   std::vector<Record> records = read();
-  d.shorten(align64(std::max(d.end, static_cast<uint64_t>(::lseek(d.fd, 0, SEEK_END)))));  // or longer
+  for (const Record& record : records) {
+    if (fits(record, d)) continue;
+    throw Error(Status::Argument, text(label_, " has a journal that does not belong to it: to start anew, remove both"));
+  }
+  d.resize(align64(std::max(d.end, static_cast<uint64_t>(::lseek(d.fd, 0, SEEK_END)))));  // or longer
 
   // Every plane as the last record has it, to be checked, in the file, against its sums.
   struct Item {
@@ -207,6 +256,7 @@ void Journal::restore(Draft& d, const Options& options) {
   if (lost) {
     records.clear();
     size_ = sizeof kBeginning - 1 + maker_.size();
+    shorten();
   }
   for (size_t r = 0; r < records.size(); ++r) {
     Record& record = records[r];
@@ -233,8 +283,8 @@ void Journal::restore(Draft& d, const Options& options) {
     if (p.coding != PlaneCoding::External && !last.count(id)) d.clear(p.offset + p.size, align64(p.size) - p.size);
   }
   // Behind the planes is what was not finished, but for a plane that waits there for its place.
-  if (records.empty()) d.shorten(0);
-  if (records.empty() || records.back().step != Step::Waiting) d.shorten(d.end);
+  if (records.empty()) d.resize(0);
+  if (records.empty() || records.back().step != Step::Waiting) d.resize(d.end);
 }
 
 }  // namespace tallcodec

@@ -54,6 +54,9 @@ class Journal {
   struct Record;
 
   std::vector<Record> read();
+  void shorten() const;  // to its whole records
+  // Whether a draft can have become what a record says.
+  static bool fits(const Record& record, const Draft& d);
 
   int fd_ = -1;
   std::string label_, maker_;

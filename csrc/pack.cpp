@@ -58,6 +58,7 @@ class Packer {
     if (ends_.size() < 8 * current().blocks) return;
     ends_ += current().table;
     d_.write(ends_.data(), head, d_.end);
+    d_.clear(d_.end + head + size_, align64(head + size_) - head - size_);  // where another may have waited
     place(head + size_);
     ends_.clear();
     size_ = 0;

@@ -27,8 +27,11 @@ void parallel_for(uint64_t count, unsigned threads, const Watch& watch, Body bod
 
   auto work = [&](unsigned worker) {
     try {
-      for (uint64_t item; (item = next.fetch_add(1)) < count;) {
-        if (worker == 0 && watch) watch(item, count);
+      for (;;) {
+        // Before it has an item: nobody is to wait for one that is held up here.
+        if (worker == 0 && watch && next < count) watch(next, count);
+        const uint64_t item = next.fetch_add(1);
+        if (item >= count) break;
         body(item, worker);
       }
     } catch (...) {

@@ -26,9 +26,9 @@ constexpr uint32_t kBinShift = 19, kBins = 1 << (31 - kBinShift);
 constexpr uint32_t kInfinity = 0x7f800000;
 constexpr uint64_t kChunk = 16384;  // elements looked at together
 static_assert(kUnit % kChunk == 0 && kUnit % kTernaryBlock == 0 && kChunk % kLanes == 0);
-// Where the checkpoint is rounded to 16 bits, the scale is found from as many elements, or up to twice
-// as many, in as many steps.
-constexpr uint64_t kSample = 1 << 18;
+// Where the checkpoint is rounded to 16 bits, the scale is found from about as many elements, or up to twice
+// as many, in as many steps. They are those of some chunks, which follow no pattern that a tensor may have.
+constexpr uint64_t kSample = 1 << 18, kScatter = 2654435761;  // the golden section of 2^32
 constexpr int kSearchSteps = 16;
 
 void convert(const uint8_t* array, DType dtype, uint64_t n, float* to) {
@@ -106,6 +106,12 @@ struct Cut {
   double dot() const { return ties ? sum + static_cast<double>(ties) * float_of(bits) : sum; }
 };
 
+// What was met when elements were selected by a cut.
+struct Found {
+  uint64_t above = 0, equal = 0, ties = 0;  // ties: of those that are equal, the kept ones
+  uint32_t largest = 0;                     // magnitude, by its bits
+};
+
 // A tensor of a task.
 struct Candidate {
   uint32_t tensor = 0;
@@ -122,7 +128,7 @@ struct Candidate {
   // The third.
   std::vector<Moments> unit_moments;  // of a rounded checkpoint
   GapCounts gaps{};
-  Cut found;  // what was kept
+  Found found;
 
   uint64_t units() const { return (elements + kUnit - 1) / kUnit; }
 };
@@ -209,34 +215,33 @@ class Selection {
     uint64_t kept = 0, same = 0, negative = 0;
     for (uint64_t j = 0; j < n; ++j) {
       const uint32_t bits = chunk.bits[at + j];
-      largest_ = std::max(largest_, bits);
+      found_.largest = std::max(found_.largest, bits);
       kept |= uint64_t{bits > cut_.bits} << j;
       same |= uint64_t{bits == cut_.bits} << j;
       negative |= uint64_t{chunk.tau[at + j] < 0} << j;
     }
-    above_ += static_cast<uint64_t>(__builtin_popcountll(kept));
-    for (; cut_.ties && same; same &= same - 1, ++equal_) {
+    found_.above += static_cast<uint64_t>(__builtin_popcountll(kept));
+    for (; cut_.ties && same; same &= same - 1, ++found_.equal) {
       due_ += cut_.ties;
       if (due_ < cut_.equal) continue;
       due_ -= cut_.equal;
-      ++ties_;
+      ++found_.ties;
       kept |= same & -same;
     }
     return {kept, negative & kept};
   }
 
-  // Adds what was met.
-  void add_to(Cut& found) const {
-    found.above += above_;
-    found.equal += equal_;
-    found.ties += ties_;
-    found.bits = std::max(found.bits, largest_);
+  void add_to(Found& found) const {
+    found.above += found_.above;
+    found.equal += found_.equal;
+    found.ties += found_.ties;
+    found.largest = std::max(found.largest, found_.largest);
   }
 
  private:
   const Cut& cut_;
-  uint32_t largest_ = 0;
-  uint64_t above_ = 0, equal_ = 0, ties_ = 0, due_ = 0;
+  Found found_;
+  uint64_t due_ = 0;
 };
 
 // The planes of one task.
@@ -280,12 +285,20 @@ class Sparsifier {
   // Runs visit(candidate, unit), and finish(candidate) once its last unit is done.
   template <class Visit, class Finish>
   void for_each_unit(const char* step, Visit visit, Finish finish) {
+    for_each_unit(step, [](const Candidate&) { return true; }, visit, finish);
+  }
+
+  // The same for those candidates that are read.
+  template <class Reads, class Visit, class Finish>
+  void for_each_unit(const char* step, Reads reads, Visit visit, Finish finish) {
     std::vector<std::pair<Candidate*, uint64_t>> items;
     for (Candidate& c : candidates_) {
+      if (!reads(c)) continue;
       for (uint64_t unit = 0; unit < c.units(); ++unit) items.emplace_back(&c, unit);
     }
     std::vector<std::atomic<uint64_t>> done(candidates_.size());
-    const auto reading = [&](const auto& item) { return Reading{tensor(*item.first), item.second, {task_}}; };
+    const std::vector<uint32_t> tasks{task_};
+    const auto reading = [&](const auto& item) { return Reading{tensor(*item.first), item.second, tasks}; };
     for_each_reading(items, options_, step, reading, [&](const auto& item, unsigned) {
       auto [c, unit] = item;
       visit(*c, unit);
@@ -366,9 +379,9 @@ class Sparsifier {
       std::vector<uint64_t> counts;  // of a larger one, by what their bits are within the bin
     };
     std::vector<Inside> inside(candidates_.size());
-    for_each_unit("finding what is kept", [&](Candidate& c, uint64_t unit) {
+    const auto is_cut = [](const Candidate& c) { return c.kept && last_bin(c)->kept != c.kept; };
+    for_each_unit("finding what is kept", is_cut, [&](Candidate& c, uint64_t unit) {
       const Bin* const bin = last_bin(c);
-      if (!bin || bin->kept == c.kept) return;
       std::vector<uint32_t> found;
       for_each_chunk_of(c, unit, [&](const Chunk& chunk) {
         for (uint64_t i = 0; i < chunk.n; ++i) {
@@ -385,28 +398,34 @@ class Sparsifier {
       for (uint32_t bits : found) ++all.counts[bits % (1 << kBinShift)];
     }, [&](Candidate& c) {
       const Bin* const bin = last_bin(c);
-      if (!bin) return;
       Inside all = std::move(inside[static_cast<size_t>(&c - candidates_.data())]);
-      for (const Bin* b = c.bins.data(); b < bin; ++b) c.cut.sum += b->sum;
       const uint64_t before = bin == c.bins.data() ? 0 : bin[-1].kept;
-      if (bin->kept == c.kept) {
+      const uint64_t above = c.units() == 1 ? cut_among(c, all.bits, c.kept - before)
+                                            : cut_by(c, all.counts, bin->number, c.kept - before);
+      c.cut.above += before;
+      c.cut.sum = sum_of(bin->number, above);
+    });
+    parallel_for(candidates_.size(), options_.threads, watch(options_, "finding scales"), [&](uint64_t i, unsigned) {
+      FloatEnvironment in_this_thread;
+      Candidate& c = candidates_[i];
+      if (!c.kept) return;
+      const Bin* const bin = last_bin(c);
+      double sum = 0;
+      for (const Bin* b = c.bins.data(); b < bin; ++b) sum += b->sum;
+      if (is_cut(c)) {
+        c.cut.sum += sum;
+      } else {
         c.cut.bits = std::max(bin->number << kBinShift, 1u) - 1;
         c.cut.above = c.kept;
-        c.cut.sum += bin->sum;
-      } else {
-        const uint64_t above = c.units() == 1 ? cut_among(c, all.bits, c.kept - before)
-                                              : cut_by(c, all.counts, bin->number, c.kept - before);
-        c.cut.sum += sum_of(bin->number, above);
-        c.cut.above += before;
+        c.cut.sum = sum + bin->sum;
       }
       c.scale = scale_of(c);
     });
   }
 
-  // The bin in which what is kept ends; null where nothing is.
+  // The bin in which what is kept ends; something is.
   static const Bin* last_bin(const Candidate& c) {
     const Bin* bin = c.bins.data();
-    if (!c.kept) return nullptr;
     while (bin->kept < c.kept) ++bin;
     return bin;
   }
@@ -450,13 +469,15 @@ class Sparsifier {
     const DType dtype = entry(c.tensor).dtype;
     if (dtype == DType::F32) return scale;
     Kept sample;
-    const uint64_t step = std::max<uint64_t>(1, c.kept / kSample) * kChunk;
-    for (uint64_t first = 0; first < c.elements; first += step) {
+    const uint64_t share = (uint64_t{1} << 32) / std::max<uint64_t>(1, c.kept / kSample);
+    for (uint64_t first = 0; first < c.elements; first += kChunk) {
+      if (static_cast<uint32_t>(first / kChunk * kScatter) >= share) continue;
       Selection selection(c.cut);
       for_each_chunk(d_, tensor(c), task_, first, std::min(first + kChunk, c.elements), [&](const Chunk& chunk) {
         for (uint64_t at = 0; at < chunk.n; at += 64) sample.add(chunk, at, selection.group(chunk, at).first);
       });
     }
+    if (sample.tau.empty()) return scale;
     const double wanted = scaled(sample.moments(1, DType::F32), scale).dot;
     return corrected(sample, scale, wanted, dtype);
   }
@@ -466,7 +487,6 @@ class Sparsifier {
     for (Candidate& c : candidates_) {
       entry(c.tensor).plane = d_.reserve(PlaneKind::Ternary, 2 * ((c.elements + 7) / 8));
       c.unit_moments.resize(c.units());
-      c.found.bits = 0;
     }
     for_each_unit("writing ternary planes", [&](Candidate& c, uint64_t unit) {
       const uint64_t n = std::min(kUnit, c.elements - unit * kUnit);
@@ -495,7 +515,7 @@ class Sparsifier {
       for (uint32_t s = 0; s < kGapSymbols; ++s) c.gaps[s] += gaps[s];
       selection.add_to(c.found);
     }, [&](Candidate& c) {
-      if (c.found.bits >= kInfinity || c.found.above != c.cut.above || c.found.equal != c.cut.equal) {
+      if (c.found.largest >= kInfinity || c.found.above != c.cut.above || c.found.equal != c.cut.equal) {
         changed(d_, c.tensor, task_);
       }
       c.cut.ties = c.found.ties;

@@ -24,10 +24,12 @@ class Surveyor {
   // Runs visit(tensor, block, worker) on every stretch of the coded tensors' values.
   template <class Visit>
   void pass(const Survey& so_far, Visit visit) {
+    std::vector<std::vector<uint32_t>> tasks;
     std::vector<Reading> items;
-    for (const DraftTensor& t : draft_.tensors) {
-      if (t.coded().empty()) continue;
-      for (uint64_t unit = 0; unit < t.units(); ++unit) items.push_back({t, unit, draft_.read_tasks(t)});
+    for (const DraftTensor& t : draft_.tensors) tasks.push_back(draft_.read_tasks(t));
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      const DraftTensor& t = draft_.tensors[i];
+      for (uint64_t unit = 0; !tasks[i].empty() && unit < t.units(); ++unit) items.push_back({t, unit, tasks[i]});
     }
     std::vector<Values> values(workers_);
     const auto itself = [](const Reading& reading) -> const Reading& { return reading; };

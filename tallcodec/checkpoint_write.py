@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from decimal import Decimal
@@ -149,30 +150,32 @@ def atomic_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
 def resumable_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Partial]:
     """As :func:`atomic_file`, but when the block raises, or the process is killed, what was written
     stays beside ``path``, as `NAME.partial` and `NAME.partial.journal`, and is there again the next
-    time.
+    time; but for an ArgumentError the first time, which would be raised again.
 
-    Raises WriteError, too, while another process has it open.
+    Raises WriteError, too, while another process has it open, and where those files are not ones
+    that this function has left.
     """
     check_output(path, overwrite)
     target = Path(os.path.realpath(path))
     partial = target.with_name(target.name + ".partial")
-    journal = target.with_name(target.name + ".partial.journal")
+    name = target.with_name(target.name + ".partial.journal")
     with _write_errors(path), ExitStack() as stack:
-        files = [stack.enter_context(_open_partial(name)) for name in (journal, partial)]
+        journal = stack.enter_context(_open_locked(name))
+        is_new, file = not _size(journal), None
         try:
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WriteError(error.errno, f"{partial}: another process is writing it") from error
-        try:
-            yield Partial(files[1], files[0])
-            _sync(files[1])
+            file = stack.enter_context(_open_partial(partial, target, is_new))
+            if not _size(file):
+                os.ftruncate(journal.fileno(), 0)  # there is nothing that it could speak of
+            yield Partial(file, journal)
+            _sync(file)
             _place(partial, target, overwrite)
-        except BaseException:
-            if not os.fstat(files[0].fileno()).st_size:  # there is nothing to go on with
-                partial.unlink(missing_ok=True)
-                journal.unlink(missing_ok=True)
+        except BaseException as error:
+            if not _size(journal) or (is_new and isinstance(error, ArgumentError)):
+                if file is not None:
+                    partial.unlink(missing_ok=True)
+                name.unlink(missing_ok=True)
             raise
-        journal.unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         _sync_folder(target.parent)
 
 
@@ -382,14 +385,52 @@ def _synced_file(path: Path) -> Iterator[BinaryIO]:
         _sync(file)
 
 
-def _open_partial(path: Path) -> BinaryIO:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    return os.fdopen(descriptor, "r+b", buffering=0)
+def _open_own(path: Path) -> BinaryIO:
+    """A file of this user's that has no other name, or a new one."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        file.close()
+        raise WriteError(
+            errno.EEXIST, f"{path}: is no file that an interrupted encoding left: move it away"
+        )
+    return file
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """A file that no other process has open so, under its name."""
+    while True:
+        file = _open_own(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise WriteError(error.errno, f"{path}: another process is writing it") from error
+        file.close()  # whoever had it is done, and has removed it
+
+
+def _open_partial(path: Path, target: Path, is_new: bool) -> BinaryIO:
+    if path.exists() and target.exists() and os.path.samefile(path, target):
+        path.unlink()  # a process was killed when all was done but this
+    file = _open_own(path)
+    if is_new and _size(file):
+        file.close()
+        raise WriteError(
+            errno.EEXIST, f"{path}: is there without the journal of an encoding: move it away"
+        )
+    return file
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
-    if os.fstat(file.fileno()).st_size > memory() // 2:
+    if _size(file) > memory() // 2:
         # Little else would be left in the page cache.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

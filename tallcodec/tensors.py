@@ -108,7 +108,7 @@ class Inputs:
 
     def identity(self) -> list[tuple[int, ...]]:
         stats = self._files.values()
-        return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
+        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
 
     def check_unchanged(self) -> None:
         for file, then in self._files.items():

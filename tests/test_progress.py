@@ -38,7 +38,7 @@ class Log(list):
     ({"threshold": 0.4, "coding": "entropy"}, ["encoding", "coding masks"]),
     ({"merge": "ties", "threshold": 0.4}, ["surveying", "encoding"]),
     ({"method": "ternary"}, ["encoding", "looking at magnitudes", "finding what is kept",
-                             "writing ternary planes", "coding ternary planes"]),
+                             "finding scales", "writing ternary planes", "coding ternary planes"]),
 ])  # fmt: skip
 def test_encoding(tmp_path, options, steps):
     base, tasks, _ = awkward(1, big=True)

@@ -12,7 +12,13 @@ import pytest
 import tallcodec
 from helpers import awkward, encoded, names_in, normal, small_family, write_safetensors
 from tallcodec import cli
-from tallcodec.errors import ArgumentError, OutputExistsError, ReadError, WriteError
+from tallcodec.errors import (
+    ArgumentError,
+    CheckpointError,
+    OutputExistsError,
+    ReadError,
+    WriteError,
+)
 
 LEFT = ["a.tall.partial", "a.tall.partial.journal"]
 
@@ -144,12 +150,58 @@ def test_where_it_cannot_be_written(tmp_path):
     before = names_in(tmp_path)
     with pytest.raises(WriteError, match="there is no folder"):
         tallcodec.encode(base, tasks, tmp_path / "none" / "a.tall", resume=True)
-    (tmp_path / LEFT[0]).symlink_to(base)  # nothing is written through a link
+    with pytest.raises(CheckpointError):
+        tallcodec.encode(base, {"t": {"other": normal(3)}}, tmp_path / "a.tall")
+    write_safetensors(tmp_path / "x.safetensors", {"other": normal(3)})
+    with pytest.raises(CheckpointError, match="is that its base"):
+        tallcodec.encode(base, {"t": tmp_path / "x.safetensors"}, tmp_path / "a.tall", resume=True)
+    with pytest.raises(ArgumentError, match="cannot be met"):
+        tallcodec.encode(base, tasks, tmp_path / "a.tall", resume=True, method="ternary", bits=1e-6)
+    (tmp_path / "x.safetensors").unlink()
+    assert before == names_in(tmp_path)
+
+
+@pytest.mark.parametrize("make", [
+    lambda path, base: path.symlink_to(base),  # nothing is written through a link
+    lambda path, base: path.hardlink_to(base),
+    lambda path, base: os.mkfifo(path),
+    lambda path, base: path.mkdir(),
+    lambda path, base: path.write_bytes(b"somebody else's"),
+], ids=["link", "hard link", "pipe", "folder", "file"])  # fmt: skip
+def test_what_is_not_ours_is_left_alone(tmp_path, make):
+    base, tasks = save_family(tmp_path, *small_family())
+    make(tmp_path / LEFT[0], base)
+    before = names_in(tmp_path), base.read_bytes()
     with pytest.raises(WriteError):
         tallcodec.encode(base, tasks, tmp_path / "a.tall", resume=True)
+    assert before == (names_in(tmp_path), base.read_bytes())
+    if (tmp_path / LEFT[0]).is_file():
+        assert (tmp_path / LEFT[0]).read_bytes() in (b"somebody else's", base.read_bytes())
+
+
+def test_starting_anew(family, tmp_path):
+    """As the message says: by removing the partial."""
+    base, tasks = family
+    interrupt(base, tasks, tmp_path / "a.tall", threshold=0.4)
     (tmp_path / LEFT[0]).unlink()
-    (tmp_path / LEFT[1]).unlink(missing_ok=True)
-    assert before == names_in(tmp_path)
+    expected = encoded(tmp_path / "b.tall", base, tasks)
+    assert encoded(tmp_path / "a.tall", base, tasks, resume=True) == expected
+    assert names_in(tmp_path) == ["a.tall", "b.tall"]
+
+
+def test_killed_before_the_last_link_is_gone(family, tmp_path):
+    """The output is complete then, and has the partial's name too."""
+    base, tasks = family
+    output = tmp_path / "a.tall"
+    expected = encoded(output, base, tasks)
+    (tmp_path / LEFT[0]).hardlink_to(output)
+    (tmp_path / LEFT[1]).write_bytes(b"tallcodec journal 1\nof it")
+    with pytest.raises(OutputExistsError):
+        tallcodec.encode(base, tasks, output, resume=True)
+    with pytest.raises(Interrupted):
+        tallcodec.encode(base, tasks, output, resume=True, overwrite=True, progress=Log("encoding"))
+    assert output.read_bytes() == expected
+    assert encoded(output, base, tasks, resume=True) == expected
 
 
 def test_two_at_once(family, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import tallcodec
 from families import ARITHMETIC
-from helpers import assert_same, awkward, encoded, normal, reference_file, same, small_family
+from helpers import BF16, assert_same, awkward, encoded, normal, reference_file, same, small_family
 from tallcodec import _core, reference
 from tallcodec.errors import ArgumentError, ChecksumError, FormatError
 from tallcodec.reference import ternary
@@ -88,6 +88,19 @@ def test_ties_and_scales_of_several_units(tmp_path, dtype, density):
     file = encoded(tmp_path / "a.tall", base, {"t": task}, threads=3, **options)
     assert file == reference_of(base, {"t": task}, **options)
     assert reference.read(file).entries[0][0].set_bits == pytest.approx(density * 1.2e6, abs=3)
+
+
+def test_the_sample_follows_no_pattern(tmp_path):
+    """A scale is found where every second chunk is all there is, as in half of a fused matrix."""
+    shape = 64, 32768
+    base = {"w": normal(shape, 1, BF16)}
+    change = normal(shape, 2, spread=0.1)
+    change[:, : shape[1] // 2] = 0
+    task = {"w": (base["w"].astype(np.float32) + change).astype(BF16)}
+    for density in (0.3, 0.45):
+        info = tallcodec.encode(base, {"t": task}, tmp_path / "a.tall", method="ternary",
+                                density=density, coding="raw", overwrite=True)
+        assert info.tasks[0].gain == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 1000, 262_144, 262_145])

@@ -15,6 +15,7 @@ LEAST = 1 << 16  # a state between symbols
 BIN_SHIFT = 19  # of the bits of a magnitude: four bits of its fraction are left
 OCTAVES, STEPS = 2 << 23, 16  # of the search for a scale
 SAMPLE, CHUNK = 1 << 18, 16384  # elements it is made on, and how many are read together
+SCATTER = 2654435761  # the golden section of 2^32: chunks by no pattern that a tensor may have
 MOST_KEPT, EQUAL = 0.9, 0.95  # a share of a tensor; the squared cosine of nearly equal magnitudes
 
 
@@ -283,7 +284,7 @@ def encode(base, task, kept):
 
     def sums(elements, scale, dtype=FLOAT32):
         """Σ τ·τ̂ and Σ τ̂² over elements, by number."""
-        step = np.float32(scale) * signs[elements].astype(np.float32)
+        step = np.where(tau[elements] < 0, -np.float32(scale), np.float32(scale))
         if dtype != FLOAT32:
             step = round_to(b[elements] + step, dtype).astype(np.float32) - b[elements]
         return segment_sums(tau[elements], step)[1:] if elements.size else np.zeros(2)
@@ -299,11 +300,14 @@ def encode(base, task, kept):
     g = float(scale)
     total = g * dot, (g * float(count)) * g
     if task.dtype != FLOAT32 and kept:
-        step = max(1, kept // SAMPLE) * CHUNK
         near = select(tau, cut, ties, equal, CHUNK)
+        share = (1 << 32) // max(1, kept // SAMPLE)
         sample = np.concatenate([at + np.flatnonzero(near[at : at + CHUNK])
-                                 for at in range(0, tau.size, step)])
-        scale = corrected(lambda g: sums(sample, g, task.dtype)[0], scale, g * sums(sample, 1)[0])
+                                 for at in range(0, tau.size, CHUNK)
+                                 if at // CHUNK * SCATTER % (1 << 32) < share])
+        if sample.size:
+            wanted = g * sums(sample, 1)[0]
+            scale = corrected(lambda g: sums(sample, g, task.dtype)[0], scale, wanted)
     if task.dtype != FLOAT32:
         total = np.zeros(2)
         for at in range(0, tau.size, UNIT):

@@ -5,9 +5,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <climits>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -142,10 +145,17 @@ bool interrupted(const Case& c, const Temporary& file, const Temporary& journal,
   return false;
 }
 
-void go_on(const Case& c, const Temporary& file, const Temporary& journal, const std::string& expected,
-           const char* after, int at) {
-  encode(c, file, &journal, 2);
+// Gives how many items were encoded or coded again.
+uint64_t go_on(const Case& c, const Temporary& file, const Temporary& journal, const std::string& expected,
+               const char* after, int at) {
+  std::map<std::string, uint64_t> items;
+  encode(c, file, &journal, 2, [&](const char* step, uint64_t, uint64_t total) {
+    if (std::strcmp(step, "verifying") != 0) items[step] = total;
+  });
   check(file.bytes() == expected, "%s: another file after %s %d", c.name, after, at);
+  uint64_t sum = 0;
+  for (const auto& [step, total] : items) sum += total;
+  return sum;
 }
 
 void test_every_item(const Case& c, const std::string& expected) {
@@ -176,13 +186,68 @@ bool killed(const Case& c, const Temporary& file, const Temporary& journal, int 
 }
 
 int test_every_write(const Case& c, const std::string& expected) {
+  uint64_t left = UINT64_MAX;  // never more, the later it is
   int at = 0;
   for (;; ++at) {
     Temporary file, journal;
     if (!killed(c, file, journal, at)) break;
-    go_on(c, file, journal, expected, "being killed at write", at);
+    const uint64_t again = go_on(c, file, journal, expected, "being killed at write", at);
+    check(again <= left, "%s: %d items again when killed at write %d, before %d", c.name, int(again), at, int(left));
+    left = again;
   }
   return at;
+}
+
+// What was lost once is not lost again: nothing is left of a journal that speaks of what is no more.
+void test_kills_after_a_loss(const Case& c, const std::string& expected) {
+  uint64_t left = UINT64_MAX;
+  for (int at = 0;; at += 5) {
+    Temporary file, journal;
+    interrupted(c, file, journal, 1, INT_MAX);
+    file.shorten(0);
+    if (!killed(c, file, journal, at)) break;
+    const uint64_t again = go_on(c, file, journal, expected, "a loss and being killed at write", at);
+    check(again <= left, "%s: %d items again, %d writes after a loss, before %d", c.name, int(again), at, int(left));
+    left = again;
+  }
+}
+
+// Journals with right checksums that nobody wrote: refused, or the file comes out, or one that is no file.
+int test_hostile(const Case& c) {
+  std::mt19937_64 random(3);
+  int refused = 0;
+  for (int round = 0; round < 60; ++round) {
+    Temporary file, journal;
+    if (!killed(c, file, journal, 10 + int(random() % 50))) continue;
+    std::string bytes = journal.bytes();
+    std::vector<size_t> records;  // where they begin
+    for (size_t at = bytes.find(c.name) + std::strlen(c.name); at + 16 <= bytes.size();) {
+      uint64_t size;
+      std::memcpy(&size, &bytes[at], sizeof size);
+      if (size > bytes.size() - at - 16) break;
+      records.push_back(at);
+      at += 16 + size;
+    }
+    if (records.empty()) continue;
+    const size_t at = records[random() % records.size()];
+    uint64_t size;
+    std::memcpy(&size, &bytes[at], sizeof size);
+    for (int changes = 1 + int(random() % 3); changes--;) {
+      const size_t where = at + 16 + random() % size;
+      bytes[where] = char(random() % 3 ? bytes[where] ^ 1 << random() % 8 : 0xff);
+    }
+    Values padded((size + 63) / 64 * 16);
+    std::memcpy(padded.data(), &bytes[at + 16], size);
+    const uint64_t sum = find_kernels("scalar")->hash(reinterpret_cast<const uint8_t*>(padded.data()), padded.size() * 4);
+    std::memcpy(&bytes[at + 8], &sum, sizeof sum);
+    CHECK(::syscall(SYS_pwrite64, journal.fd(), bytes.data(), bytes.size(), off_t{0}) == ssize_t(bytes.size()));
+    try {
+      encode(c, file, &journal, 1);
+    } catch (const Error&) {
+      ++refused;
+    }
+  }
+  return refused;
 }
 
 void test_damage(const Case& c, const std::string& expected) {
@@ -241,16 +306,20 @@ std::vector<Case> cases() {
 }  // namespace
 
 int main() {
-  int writes = 0;
+  int writes = 0, refused = 0;
   for (const Case& c : cases()) {
     Temporary file;
     encode(c, file, nullptr, 1);
     const std::string expected = file.bytes();
     test_every_item(c, expected);
     writes += test_every_write(c, expected);
+    test_kills_after_a_loss(c, expected);
     test_damage(c, expected);
     test_another_maker(c);
+    refused += test_hostile(c);
   }
-  std::printf("resuming: %d passed, %d failed, killed at %d writes\n", passed, failed, writes);
+  CHECK(refused > 20);
+  std::printf("resuming: %d passed, %d failed, killed at %d writes, %d journals refused\n", passed, failed, writes,
+              refused);
   return failed != 0;
 }
