@@ -28,7 +28,7 @@ constexpr uint64_t kChunk = 16384;  // elements looked at together
 static_assert(kUnit % kChunk == 0 && kUnit % kTernaryBlock == 0 && kChunk % kLanes == 0);
 // Where the checkpoint is rounded to 16 bits, the scale is found from about as many elements, or up to twice
 // as many, in as many steps. They are those of some chunks, which follow no pattern that a tensor may have.
-constexpr uint64_t kSample = 1 << 18, kScatter = 2654435761;  // the golden section of 2^32
+constexpr uint64_t kSample = 1 << 15, kScatter = 2654435761;  // the golden section of 2^32
 constexpr int kSearchSteps = 16;
 
 void convert(const uint8_t* array, DType dtype, uint64_t n, float* to) {

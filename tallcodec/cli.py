@@ -1,11 +1,13 @@
 """The `tallcodec` command: encode, inspect, decode, merge, stats, verify."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import encoding, merging, numbers
@@ -23,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal of ASCII alone is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     try:
-        with bar() as arguments.progress:
+        with _terminating(), bar() as arguments.progress:
             result, text = arguments.run(arguments)
     except TallcodecError as error:
         print(f"tallcodec: error: {error}", file=sys.stderr)
         return 1
+    except _Terminated:
+        return 143
     except KeyboardInterrupt:
         kept = "; the same command goes on" if getattr(arguments, "resume", False) else ""
         print(f"tallcodec: interrupted{kept}", file=sys.stderr)
@@ -40,6 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+class _Terminated(BaseException):
+    """A request to end: what is half done is cleaned up as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    def terminate(*_):
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # in another thread than the main one, which is not told
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
@@ -178,8 +178,7 @@ def encode(
             threads,
             progress,
         )
-        if resume:
-            family.identity([], {})  # before a search: that of state dicts cannot be told
+        inputs = [c.identity for c in (base_checkpoint, *checkpoints)] if resume else []
         recipe = {
             "merge": numbers.MERGES[merge],
             "method": numbers.METHODS["adapted" if adapted else mask_method],
@@ -203,8 +202,9 @@ def encode(
         recipe["code_masks"], recipe["code_ternary"] = CODINGS[coding]
         thresholds_ = [(task, thresholds[task]) for task in tasks]
         if resume:
-            maker = family.identity(thresholds_, recipe)
+            maker = family.identity(inputs, thresholds_, recipe)
             partial = stack.enter_context(resumable_file(output, overwrite))
+            _check_maker(label(output), partial.journal, maker)
         else:
             maker = ""
             partial = Partial(stack.enter_context(atomic_file(output, overwrite)))
@@ -232,13 +232,15 @@ class _Family(NamedTuple):
         """Whether what has been read is to leave the page cache, where it would not stay anyway."""
         return sum(c.nbytes for c in (self.base, *self.tasks)) > memory() // 2
 
-    def identity(self, thresholds: list[tuple[str, float]], recipe: dict) -> str:
-        """What stands for all that a file depends on."""
-        checkpoints = (self.base, *self.tasks)
-        tensors = [[(n, t.dtype, t.shape) for n, t in c.tensors.items()] for c in checkpoints]
-        files = [c.identity for c in checkpoints]
-        what = __version__, files, tensors, self.ternary, self.shared_dtype, thresholds, recipe
-        return hashlib.sha256(repr(what).encode()).hexdigest()
+    def identity(self, inputs: list, thresholds: list[tuple[str, float]], recipe: dict) -> str:
+        """What stands for all that a file depends on: a line of JSON. ``inputs`` are the identities
+        of the checkpoints."""
+        what = {"version of tallcodec": __version__, "the base": inputs[0]}
+        what |= {"the tasks or their order": [task for task, _ in thresholds]}
+        what |= {f"task {task!r}": found for (task, _), found in zip(thresholds, inputs[1:])}
+        options = self.ternary, self.shared_dtype, thresholds, recipe
+        what |= {"the options": hashlib.sha256(repr(options).encode()).hexdigest()}
+        return json.dumps(what) + "\n"
 
     def encode(
         self,
@@ -266,6 +268,23 @@ class _Family(NamedTuple):
         for checkpoint in (self.base, *self.tasks):
             checkpoint.check_unchanged()
         return encoder
+
+
+def _check_maker(name: str, journal: BinaryIO, maker: str) -> None:
+    """Refuse to go on with what was made of something else, and say of what."""
+    lines = os.pread(journal.fileno(), 1 << 24, 0).split(b"\n", 2)
+    if len(lines) < 3:
+        return
+    try:
+        then, now = json.loads(lines[1]), json.loads(maker)
+        differs = [key for key in then | now if then.get(key) != now.get(key)]
+    except (ValueError, TypeError):
+        differs = ["what its journal says"]
+    if differs:
+        raise ArgumentError(
+            f"{name}.partial is of an encoding of other checkpoints, or with other options; what "
+            f"differs: {', '.join(differs)}. To start anew, remove it"
+        )
 
 
 def _search(

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from .errors import ArgumentError
@@ -24,12 +25,14 @@ def bar() -> Iterator[Progress]:
     from tqdm import tqdm
 
     shown: list[tuple[str, tqdm]] = []
+    start = time.monotonic()
 
     def progress(step: str, done: int, total: int) -> None:
         if not shown or shown[-1][0] != step or shown[-1][1].total != total:
             close()
+            delay = max(0, start + 1 - time.monotonic())
             new = tqdm(
-                desc=step, total=total, delay=1, leave=False, disable=None, file=sys.stderr,
+                desc=step, total=total, delay=delay, leave=False, disable=None, file=sys.stderr,
                 bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed} < {remaining}",
             )  # fmt: skip
             shown.append((step, new))

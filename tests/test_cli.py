@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tallcodec
-from helpers import small_family, write_safetensors
+from helpers import names_in, normal, small_family, write_safetensors
 from tallcodec.cli import _parser, main
 
 pytest.importorskip("torch")  # the checkpoints of these tests are written with it
@@ -306,3 +308,21 @@ def test_file_names_that_are_no_utf8(capsys):
     run(capsys, "decode", name, "--task", "cars", "-o", decoded)
     run(capsys, "decode", name, "--task", "cars", "-o", decoded, "--overwrite", "--json")
     assert "caf" in refused(capsys, "decode", name, "--task", "boats", "-o", "x.pt")
+
+
+def test_terminated(tmp_path):
+    """As after Ctrl-C, nothing is left."""
+    base = {f"w{i}": normal((1000, 1000), i) for i in range(8)}
+    write_safetensors(tmp_path / "base.safetensors", base)
+    write_safetensors(tmp_path / "t.safetensors", {n: w + np.float32(1) for n, w in base.items()})
+    before = names_in(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tallcodec", "encode", "--base", tmp_path / "base.safetensors",
+         "--task", f"t={tmp_path / 't.safetensors'}", "-o", tmp_path / "a.tall", "--threads", "1",
+         "--coding", "entropy"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    while names_in(tmp_path) == before and process.poll() is None:
+        time.sleep(0.001)
+    process.terminate()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 143
+    assert names_in(tmp_path) == before

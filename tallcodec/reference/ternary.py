@@ -14,7 +14,7 @@ SYMBOLS, BITMAP = 68, 9  # of gaps; bytes that say which a plane has
 LEAST = 1 << 16  # a state between symbols
 BIN_SHIFT = 19  # of the bits of a magnitude: four bits of its fraction are left
 OCTAVES, STEPS = 2 << 23, 16  # of the search for a scale
-SAMPLE, CHUNK = 1 << 18, 16384  # elements it is made on, and how many are read together
+SAMPLE, CHUNK = 1 << 15, 16384  # elements it is made on, and how many are read together
 SCATTER = 2654435761  # the golden section of 2^32: chunks by no pattern that a tensor may have
 MOST_KEPT, EQUAL = 0.9, 0.95  # a share of a tensor; the squared cosine of nearly equal magnitudes
 
