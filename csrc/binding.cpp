@@ -250,16 +250,16 @@ Loaded load(const BufferFile& f, uint32_t task, const py::list& wanted, unsigned
 }
 
 void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, float scale,
-           unsigned threads, bool verify) {
+           unsigned threads, bool verify, py::object progress) {
   const std::vector<Request> requests = requests_of(wanted);
-  Options o = options(threads, verify, py::none());
+  Options o = options(threads, verify, py::none(), std::move(progress));
   py::gil_scoped_release release;
   f->merge(requests, {min_tasks, scale}, o);
 }
 
 py::list count_masks(const BufferFile& f, const std::vector<uint32_t>& tensors, unsigned threads,
-                     bool verify) {
-  Options o = options(threads, verify, py::none());
+                     bool verify, py::object progress) {
+  Options o = options(threads, verify, py::none(), std::move(progress));
   std::vector<MaskCounts> counts;
   {
     py::gil_scoped_release release;
@@ -436,8 +436,9 @@ PYBIND11_MODULE(_core, m) {
            py::arg("inflate"), py::arg("loaded") = nullptr)
       .def("load", load)
       .def("merge", merge, py::arg("requests"), py::arg("min_tasks"), py::arg("scale"),
-           py::arg("threads"), py::arg("verify"))
-      .def("count_masks", count_masks, py::arg("tensors"), py::arg("threads"), py::arg("verify"))
+           py::arg("threads"), py::arg("verify"), py::arg("progress") = py::none())
+      .def("count_masks", count_masks, py::arg("tensors"), py::arg("threads"), py::arg("verify"),
+           py::arg("progress") = py::none())
       .def("read_plane", read_plane)
       .def("verify", verify, py::arg("threads"), py::arg("progress") = py::none())
       .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); });

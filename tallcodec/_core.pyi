@@ -89,10 +89,10 @@ class File:
     ) -> Loaded: ...
     def merge(
         self, requests: list[tuple[int, int, int, Source]], min_tasks: int, scale: float,
-        threads: int, verify: bool,
+        threads: int, verify: bool, progress: Progress | None = None,
     ) -> None: ...  # fmt: skip
     def count_masks(
-        self, tensors: list[int], threads: int, verify: bool
+        self, tensors: list[int], threads: int, verify: bool, progress: Progress | None = None
     ) -> list[dict[str, Any]]: ...
     def read_plane(self, plane: int, inflate: Inflate | None) -> bytes: ...
     def verify(

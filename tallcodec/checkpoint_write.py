@@ -21,6 +21,7 @@ import numpy as np
 from .checkpoint import TORCH_SUFFIXES, is_side_file
 from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError
 from .machine import memory
+from .progress import Progress
 from .tensors import DTYPES, torch_dtype
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -69,6 +70,7 @@ def write_checkpoint(
     files: Mapping[str, bytes] | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write a checkpoint, of the kind its path asks for; returns the paths of the files written.
 
@@ -83,6 +85,7 @@ def write_checkpoint(
     ``metadata`` goes into safetensors' ``__metadata__`` (a folder's says ``format: pt`` if nothing
     else, since transformers demands it). ``files`` are a folder's side files; other kinds have no
     place for them. ``max_shard_size`` ("5GB", or bytes) splits a folder's weights into shards.
+    ``progress`` is called as ``progress("decoding", done, total)``, in bytes.
 
     The files appear complete or not at all; only where a folder is overwritten do they replace the
     old ones one by one. Raises OutputExistsError, WriteError (``errno`` and ``filename`` say
@@ -93,6 +96,8 @@ def write_checkpoint(
             raise ArgumentError(f"tensor {name!r}: unknown dtype {dtype!r}")
         if name == "__metadata__":
             raise ArgumentError("safetensors files cannot hold a tensor named __metadata__")
+    if progress is not None:
+        fill = _watched(fill, sum(map(_nbytes, specs.values())), progress)
     as_folder = os.path.isdir(path) or os.fspath(path).endswith("/")
     path = Path(path)
     if not as_folder and path.suffix in (".safetensors", *TORCH_SUFFIXES):
@@ -111,6 +116,18 @@ def write_checkpoint(
         )
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     return _write_folder(path, specs, fill, metadata or {}, files or {}, limit, overwrite)
+
+
+def _watched(fill: Fill, total: int, progress: Progress) -> Fill:
+    done = 0
+
+    def watched(parts: list[Part]) -> None:
+        nonlocal done
+        fill(parts)
+        done += sum(part.memory.nbytes for part in parts)
+        progress("decoding", done, total)
+
+    return watched
 
 
 def parse_size(size: int | str) -> int:

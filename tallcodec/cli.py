@@ -208,12 +208,13 @@ def _merge(a: argparse.Namespace) -> tuple[dict, str]:
         threads=a.threads,
         max_shard_size=a.max_shard_size,
         overwrite=a.overwrite,
+        progress=a.progress,
     )
     return info.to_dict(), str(info)
 
 
 def _stats(a: argparse.Namespace) -> tuple[dict, str]:
-    found = stats(a.path, threads=a.threads)
+    found = stats(a.path, threads=a.threads, progress=a.progress)
     return found.to_dict(), str(found)
 
 

@@ -245,16 +245,9 @@ class File:
         ids = {name: self._file.find_tensor(name) for name in self._names(number)}
         specs = {name: self._info(number, tensor)[:2] for name, tensor in ids.items()}
 
-        check_progress(progress)
-        total, done = sum(self._info(number, tensor)[2] for tensor in ids.values()), 0
-
         def fill(parts: list[Part]) -> None:
-            nonlocal done
             self._decode(number, [(ids[p.name], *p.request(specs[p.name][0])) for p in parts])
             self._unmap()
-            done += sum(part.memory.nbytes for part in parts)
-            if progress is not None:
-                progress("decoding", done, total)
 
         written = write_checkpoint(
             path,
@@ -264,6 +257,7 @@ class File:
             files=self.files(task),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            progress=check_progress(progress),
         )
         return [os.fspath(p) for p in written]
 

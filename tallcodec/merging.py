@@ -18,6 +18,7 @@ from .errors import ArgumentError, WriteError
 from .file import File
 from .file import open as open_file
 from .numbers import name_of
+from .progress import Progress, check_progress
 from .thresholds import best, check_score
 
 METHODS = ("consensus", *numbers.MERGES)
@@ -96,6 +97,7 @@ def merge(
     threads: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Merged | MergeInfo:
     """Merge the tasks of a `.tall` file into one model, from its shared vector s and its masks m_t.
 
@@ -114,7 +116,8 @@ def merge(
     the merger: see MergeInfo. Without ``output`` the state dict is returned, its ``info`` the
     MergeInfo, its tensors of ``framework``; else the checkpoint is written as File.save does,
     with the base's metadata and small files, and its MergeInfo is returned. ``base`` is the base
-    checkpoint, where the file only references it.
+    checkpoint, where the file only references it. ``progress`` is called as
+    ``progress("decoding", done, total)``; what it raises ends the merging, and nothing is written.
 
     Raises ArgumentError, before any value is read; what opening, decoding and saving raise; what
     ``score`` raises, and ArgumentError where it gives NaN or no number: then nothing is written.
@@ -131,6 +134,7 @@ def merge(
     scales = [_scale(1.0 if scale is None else scale)] if score is None else _grid(grid)
     if out is not None and not isinstance(out, Mapping):
         raise ArgumentError(f"out must map names to tensors, not be a {type(out).__name__}")
+    check_progress(progress)
     if output is not None:
         if out is not None and score is None:
             raise ArgumentError("out is for a score, or where there is no output")
@@ -142,11 +146,11 @@ def merge(
         if output is None or score:
             state, pointers = merger.tensors(out or {})
         for alpha in scales if score else ():
-            merger.fill(pointers, alpha)
+            merger.fill(pointers, alpha, progress)
             scores[alpha] = check_score(score(state), f"score(…) at scale {alpha:g}")
         alpha = best(scales, list(scores.values())) if scores else scales[0]
         if output is None:
-            merger.fill(pointers, alpha)
+            merger.fill(pointers, alpha, progress)
             merged = Merged(state)
             merged.info = merger.info(alpha, scores, [])
             return merged
@@ -158,6 +162,7 @@ def merge(
             files=file.files(),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            progress=progress,
         )
         return merger.info(alpha, scores, [os.fspath(p) for p in written])
 
@@ -233,6 +238,7 @@ def _merge_checkpoints(
             shared_dtype="float32",
             base_storage="reference",
             threads=options.get("threads"),
+            progress=options.get("progress"),
             **{"threshold": 0.4, **recipe},  # as published, where the masks count at all
         )
         return merge(path, output, method=method or vector, base=base, **options)
@@ -301,7 +307,9 @@ class _Merger:
         """A part of a tensor as :meth:`fill` takes it."""
         return (part.name, *part.request(self.specs[part.name][0]))
 
-    def fill(self, buffers: Iterable[tuple], scale: float) -> None:
+    def fill(
+        self, buffers: Iterable[tuple], scale: float, progress: Progress | None = None
+    ) -> None:
         """Merge the named tensors into the memory at these addresses, or of parts of them their
         first element and how many they have."""
         file, base = self._file, self._file._base
@@ -310,7 +318,7 @@ class _Merger:
             tensor = self._tensors[name]
             source = file._base_tensor(_core.NONE, tensor, base)
             requests.append((_core.NONE, tensor, pointer, source, *part))
-        file._file.merge(requests, self._min_tasks, scale, file._threads, file._check)
+        file._file.merge(requests, self._min_tasks, scale, file._threads, file._check, progress)
         file._unmap()
 
     def info(self, scale: float, scores: dict[float, float], written: list[str]) -> MergeInfo:

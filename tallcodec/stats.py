@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from .file import open as open_file
+from .progress import Progress, check_progress
 
 _LISTED = 24  # layers that the table shows one by one
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")  # "encoder.layer.3" of encoder.layer.3.output.bias
@@ -178,17 +179,21 @@ class FileStats:
         return "\n".join(lines)
 
 
-def stats(path: str | PathLike, *, threads: int | None = None) -> FileStats:
+def stats(
+    path: str | PathLike, *, threads: int | None = None, progress: Progress | None = None
+) -> FileStats:
     """Count what the masks of a `.tall` file say; the checksums of what is read are checked.
+    ``progress`` is called as ``progress(step, done, total)``.
 
     Raises what opening a file raises, VersionError where a task's tensor is coded in a way that is
     not known here, ChecksumError.
     """
+    check_progress(progress)
     with open_file(path, "np", threads=threads) as file:
         core, tasks = file._file, file.tasks
         records = core.tensors()
         own = [i for i, t in enumerate(records) if t["in_base"] and t["alias"] is None]
-        counted = core.count_masks(own, file._threads, True)
+        counted = core.count_masks(own, file._threads, True, progress)
         tensors = []
         overlap = [[0] * len(tasks) for _ in tasks]
         for i, counts in zip(own, counted):

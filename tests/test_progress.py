@@ -64,6 +64,18 @@ def test_saving_and_verifying(encode, tmp_path):
     log.check("verifying")
 
 
+def test_merging_and_counting(encode, tmp_path):
+    path = encode(*small_family(), threshold=0.4)
+    for call, step in (
+        (lambda log: tallcodec.merge(path, tmp_path / "m.safetensors", progress=log), "decoding"),
+        (lambda log: tallcodec.merge(path, framework="np", progress=log), "decoding"),
+        (lambda log: tallcodec.stats(path, progress=log), "counting masks"),
+    ):
+        log = Log()
+        call(log)
+        log.check(step)
+
+
 def test_what_it_raises_ends_the_operation(encode, tmp_path):
     def stop(*_):
         raise StopIteration("enough")
@@ -77,6 +89,8 @@ def test_what_it_raises_ends_the_operation(encode, tmp_path):
         file.save("cars", tmp_path / "a.safetensors", progress=stop)
     with pytest.raises(StopIteration):
         tallcodec.verify(path, progress=stop)
+    with pytest.raises(StopIteration):
+        tallcodec.merge(path, tmp_path / "b.safetensors", progress=stop)
     assert before == (path.read_bytes(), names_in(tmp_path))
 
 
