@@ -248,7 +248,7 @@ def test_killed_at_any_moment(tmp_path, options):
         process.kill()
         assert process.communicate()[1] == b""
         assert process.returncode in (0, -signal.SIGKILL)
-        delay += 0.01
+        delay *= 1.06
     assert (tmp_path / "a.tall").read_bytes() == (tmp_path / "expected.tall").read_bytes()
     # Between the file's appearance and the end there may be a journal left.
     assert not (tmp_path / LEFT[0]).exists()
