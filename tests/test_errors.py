@@ -1,5 +1,6 @@
 """Bad input: each has its own clear error, nothing appears half-written, the old file stays."""
 
+import contextlib
 import math
 import os
 import resource
@@ -412,6 +413,30 @@ def test_a_checkpoint_that_is_cut_short_meanwhile(tmp_path, family_of_files, num
     with pytest.raises(errors.ReadError, match=files[number].name):
         tallcodec.encode(base, tasks, tmp_path / "x.tall", progress=cut, merge="ties")
     assert not (tmp_path / "x.tall").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"merge": "ties"}, {"method": "ternary"}], ids=str)
+@pytest.mark.parametrize("number", range(4))
+def test_a_read_error_in_the_middle(tmp_path, family_of_files, number, options):
+    """A descriptor that is one of a folder by then stands for a disk that fails."""
+    base, tasks, files = family_of_files
+    output = tmp_path / "x.tall"
+    output.write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in files}
+    names = sorted(os.listdir(tmp_path))
+
+    def fail(*_):
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samefile(f"/proc/self/fd/{fd}", files[number]):
+                    folder = os.open("/", os.O_RDONLY)
+                    os.dup2(folder, int(fd))
+                    os.close(folder)
+
+    with pytest.raises(errors.ReadError, match="Is a directory|was written to while"):
+        tallcodec.encode(base, tasks, output, progress=fail, overwrite=True, **options)
+    assert output.read_bytes() == b"mine" and sorted(os.listdir(tmp_path)) == names
+    assert before == {path: path.read_bytes() for path in files}
 
 
 def test_output_folder_is_missing(tmp_path):
