@@ -119,17 +119,6 @@ uint32_t Draft::append(PlaneKind kind, PlaneCoding coding, std::string_view byte
   return id;
 }
 
-uint32_t Draft::append(PlaneKind kind, const Source& source, uint64_t size) {
-  if (!size) return kNone;
-  const uint32_t id = reserve(kind, size);
-  std::vector<uint8_t> buffer;
-  for (uint64_t at = 0; at < size; at += kCopyChunk) {
-    const uint64_t part = std::min(size - at, kCopyChunk);
-    put(id, at, source.view(at, part, buffer), part);
-  }
-  return id;
-}
-
 void Draft::resize(uint64_t size) const {
   if (::ftruncate(fd, static_cast<off_t>(size)) != 0) {
     throw Error(Status::Write, text(label, ": cannot be given its size: ", std::strerror(errno)), errno);
@@ -340,6 +329,18 @@ std::string who(const Draft& d, const DraftTensor& t, uint32_t task) {
                        : text("task '", d.tasks[task].name, "', tensor '", t.name, "'");
 }
 
+const uint8_t* elements_of(const Draft& d, const DraftTensor& t, uint32_t task, uint64_t first, uint64_t n,
+                           std::vector<uint8_t>& buffer) {
+  const bool is_base = task == kNone;
+  const Source& source = is_base ? t.base : t.entries[task].source;
+  const uint64_t size = size_of(is_base ? t.record.dtype : t.entries[task].record.dtype);
+  try {
+    return source.view(first * size, n * size, buffer);
+  } catch (const Error& e) {
+    throw Error(e.status, text(who(d, t, task), ": ", e.message), e.system_error);
+  }
+}
+
 void Values::open(const Draft& draft, const DraftTensor& tensor) {
   draft_ = &draft;
   tensor_ = &tensor;
@@ -351,18 +352,9 @@ void Values::open(const Draft& draft, const DraftTensor& tensor) {
 }
 
 void Values::read(uint64_t first, uint64_t n) {
-  uint32_t reading = kNone;
-  auto view = [&](const Source& source, DType type, std::vector<uint8_t>& buffer) {
-    return source.view(first * size_of(type), n * size_of(type), buffer);
-  };
-  try {
-    base = view(tensor_->base, tensor_->record.dtype, base_buffer_);
-    for (size_t k = 0; k < tasks_.size(); ++k) {
-      reading = tasks_[k];
-      task[k] = view(tensor_->entries[reading].source, dtype[k], task_buffer_[k]);
-    }
-  } catch (const Error& e) {
-    throw Error(e.status, text(who(*draft_, *tensor_, reading), ": ", e.message), e.system_error);
+  base = elements_of(*draft_, *tensor_, kNone, first, n, base_buffer_);
+  for (size_t k = 0; k < tasks_.size(); ++k) {
+    task[k] = elements_of(*draft_, *tensor_, tasks_[k], first, n, task_buffer_[k]);
   }
 }
 

@@ -101,7 +101,6 @@ struct Draft {
   void copy(uint64_t from, uint64_t to, uint64_t size) const;
   Source source(uint32_t plane) const { return {nullptr, fd, planes[plane].record.offset}; }
   uint32_t append(PlaneKind kind, PlaneCoding coding, std::string_view bytes, uint64_t raw_size);
-  uint32_t append(PlaneKind kind, const Source& source, uint64_t size);
   // Ends the file at `size`. Dropped planes from `begin` on were behind it, or between what moved up.
   void truncate(uint64_t begin, uint64_t size);
   void resize(uint64_t size) const;
@@ -164,5 +163,10 @@ void for_each_reading(const std::vector<Item>& items, const Options& options, co
 
 // How messages name a tensor of a task, or of the base.
 std::string who(const Draft& d, const DraftTensor& t, uint32_t task = kNone);
+
+// Elements first .. first + n of a tensor of a task, or of the base, as Source::view gives them; its error then
+// says whose they are.
+const uint8_t* elements_of(const Draft& d, const DraftTensor& t, uint32_t task, uint64_t first, uint64_t n,
+                           std::vector<uint8_t>& buffer);
 
 }  // namespace tallcodec

@@ -57,15 +57,12 @@ struct Buffers {
   std::vector<float> merged;
 };
 
-void copy_base(Draft& d, const DraftTensor& t, uint64_t unit, std::vector<uint8_t>& buffer) {
-  const uint64_t size = size_of(t.record.dtype), position = unit * kUnit * size;
-  const uint64_t bytes = std::min(t.elements() * size - position, kUnit * size);
-  try {
-    d.put(t.record.base_plane, position, t.base.view(position, bytes, buffer), bytes);
-  } catch (const Error& e) {
-    if (e.status != Status::Read) throw;
-    throw Error(e.status, text(who(d, t), ": ", e.message), e.system_error);
-  }
+// Copies a unit of a tensor of so many elements, of a task or of the base, as it is.
+void copy_unit(Draft& d, const DraftTensor& t, uint32_t task, uint32_t plane, uint64_t elements, uint64_t unit,
+               std::vector<uint8_t>& buffer) {
+  const uint64_t first = unit * kUnit, n = std::min(kUnit, elements - first);
+  const uint64_t size = size_of(task == kNone ? t.record.dtype : t.entries[task].record.dtype);
+  d.put(plane, first * size, elements_of(d, t, task, first, n, buffer), n * size);
 }
 
 // The moments of the parts of rows within a unit that was encoded in one block.
@@ -384,7 +381,7 @@ void Encoder::run(const Options& options) {
       DraftTensor& t = d.tensors[item.tensor];
       std::unique_ptr<Progress>& p = progress[item.tensor];
       if (t.coded().empty()) {
-        copy_base(d, t, item.unit, buffers[worker].copied);
+        copy_unit(d, t, kNone, t.record.base_plane, t.elements(), item.unit, buffers[worker].copied);
       } else {
         {
           std::lock_guard lock(mutex);
@@ -428,14 +425,15 @@ void Encoder::append_verbatim(uint32_t task, uint32_t tensor, PlaneCoding coding
 }
 
 void Encoder::copy_verbatim(uint32_t task, uint32_t tensor) {
-  DraftTensor& t = draft_->tensors.at(tensor);
+  Draft& d = *draft_;
+  DraftTensor& t = d.tensors.at(tensor);
   DraftEntry& e = t.entries.at(task);
   const uint64_t elements = std::accumulate(e.shape.begin(), e.shape.end(), uint64_t{1}, std::multiplies<>());
-  try {
-    e.record.plane = draft_->append(PlaneKind::Verbatim, e.source, elements * size_of(e.record.dtype));
-  } catch (const Error& error) {
-    if (error.status != Status::Read) throw;
-    throw Error(error.status, text(who(*draft_, t, task), ": ", error.message), error.system_error);
+  if (!elements) return;
+  e.record.plane = d.reserve(PlaneKind::Verbatim, elements * size_of(e.record.dtype));
+  std::vector<uint8_t> buffer;
+  for (uint64_t unit = 0; unit * kUnit < elements; ++unit) {
+    copy_unit(d, t, task, e.record.plane, elements, unit, buffer);
   }
 }
 

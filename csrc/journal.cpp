@@ -86,7 +86,8 @@ void Journal::add(Step step, uint32_t number, const Draft& d, const Changes& cha
   append(bytes, step);
   append(bytes, number);
   append(bytes, d.end);
-  append_all(bytes, std::vector<char>(changes.note.begin(), changes.note.end()));
+  append(bytes, uint64_t{changes.note.size()});
+  bytes += changes.note;
   append(bytes, uint64_t{changes.planes.size()});
   for (uint32_t id : changes.planes) {
     const DraftPlane& plane = d.planes[id];
@@ -147,8 +148,7 @@ std::vector<Journal::Record> Journal::read() {
       r.step = fields.take<Step>();
       r.number = fields.take<uint32_t>();
       r.end = fields.take<uint64_t>();
-      const auto characters = fields.take_all<char>();
-      r.note.assign(characters.begin(), characters.end());
+      r.note = fields.take(fields.take<uint64_t>());
       for (auto count = fields.take<uint64_t>(); count--;) {
         const auto id = fields.take<uint32_t>();
         DraftPlane plane;

@@ -6,6 +6,7 @@
 #include "float_environment.h"
 #include "kernels.h"
 #include "mask_math.h"
+#include "to_float32.h"
 
 namespace tallcodec {
 namespace {
@@ -16,22 +17,8 @@ constexpr int32_t kRatioShift = 21;  // leaves the exponent and two bits of the 
 constexpr int32_t kBeforeRatios = ((127 - 20) << 2) - 1;  // bin 0, in effect: bin 1 is of 2^-20
 constexpr int32_t kHalfRatioBin = 1 << (kRatioShift - 1);
 
-template <typename T, typename Convert>
-void load(const void* array, uint64_t first, uint64_t n, float* to, Convert convert) {
-  const char* from = static_cast<const char*>(array) + first * sizeof(T);
-  for (uint64_t i = 0; i < n; ++i) {
-    T value;
-    std::memcpy(&value, from + i * sizeof value, sizeof value);
-    to[i] = convert(value);
-  }
-}
-
 void load(const void* array, DType dtype, uint64_t first, uint64_t n, float* to) {
-  switch (dtype) {
-    case DType::F32: return load<float>(array, first, n, to, [](float x) { return x; });
-    case DType::F16: return load<uint16_t>(array, first, n, to, f16_to_f32);
-    default: return load<uint16_t>(array, first, n, to, bf16_to_f32);
-  }
+  to_float32(static_cast<const uint8_t*>(array) + first * size_of(dtype), dtype, n, to);
 }
 
 // The task vectors of a chunk of a block, one after the other in one place.

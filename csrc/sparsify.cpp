@@ -17,6 +17,7 @@
 #include "parallel.h"
 #include "ternary.h"
 #include "text.h"
+#include "to_float32.h"
 
 namespace tallcodec {
 namespace {
@@ -31,19 +32,6 @@ static_assert(kUnit % kChunk == 0 && kUnit % kTernaryBlock == 0 && kChunk % kLan
 constexpr uint64_t kSample = 1 << 15, kScatter = 2654435761;  // the golden section of 2^32
 constexpr int kSearchSteps = 16;
 
-void convert(const uint8_t* array, DType dtype, uint64_t n, float* to) {
-  const auto half = [&](uint64_t i) {
-    uint16_t h;
-    std::memcpy(&h, array + 2 * i, sizeof h);
-    return h;
-  };
-  switch (dtype) {
-    case DType::F32: std::memcpy(to, array, n * sizeof *to); break;
-    case DType::F16: for (uint64_t i = 0; i < n; ++i) to[i] = f16_to_f32(half(i)); break;
-    default: for (uint64_t i = 0; i < n; ++i) to[i] = bf16_to_f32(half(i));
-  }
-}
-
 // Some consecutive elements of a tensor, from number `first` on.
 struct Chunk {
   uint64_t first, n;
@@ -55,31 +43,19 @@ struct Chunk {
 template <class Visit>
 void for_each_chunk(const Draft& d, const DraftTensor& t, uint32_t task, uint64_t first, uint64_t end,
                     Visit visit) {
-  const DraftEntry& e = t.entries[task];
   const auto chunk = std::make_unique<Chunk>();
   std::vector<uint8_t> buffer;
-  uint32_t reading = kNone;
-  const auto read = [&](const Source& source, DType type, float* to) {
-    convert(source.view(chunk->first * size_of(type), chunk->n * size_of(type), buffer), type,
-            chunk->n, to);
-  };
-  try {
-    for (; first < end; first += kChunk) {
-      chunk->first = first;
-      chunk->n = std::min(kChunk, end - first);
-      reading = kNone;
-      read(t.base, t.record.dtype, chunk->base);
-      reading = task;
-      read(e.source, e.record.dtype, chunk->tau);
-      for (uint64_t i = 0; i < chunk->n; ++i) {
-        chunk->tau[i] -= chunk->base[i];
-        chunk->bits[i] = float_bits(chunk->tau[i]) & 0x7fffffff;
-      }
-      visit(*chunk);
+  for (; first < end; first += kChunk) {
+    const uint64_t n = std::min(kChunk, end - first);
+    chunk->first = first;
+    chunk->n = n;
+    to_float32(elements_of(d, t, kNone, first, n, buffer), t.record.dtype, n, chunk->base);
+    to_float32(elements_of(d, t, task, first, n, buffer), t.entries[task].record.dtype, n, chunk->tau);
+    for (uint64_t i = 0; i < n; ++i) {
+      chunk->tau[i] -= chunk->base[i];
+      chunk->bits[i] = float_bits(chunk->tau[i]) & 0x7fffffff;
     }
-  } catch (const Error& error) {
-    if (error.status != Status::Read) throw;
-    throw Error(error.status, text(who(d, t, reading), ": ", error.message), error.system_error);
+    visit(*chunk);
   }
 }
 
@@ -281,6 +257,7 @@ class Sparsifier {
  private:
   EntryRecord& entry(uint32_t tensor) { return d_.tensors[tensor].entries[task_].record; }
   const DraftTensor& tensor(const Candidate& c) const { return d_.tensors[c.tensor]; }
+  size_t number(const Candidate& c) const { return static_cast<size_t>(&c - candidates_.data()); }
 
   // Runs visit(candidate, unit), and finish(candidate) once its last unit is done.
   template <class Visit, class Finish>
@@ -302,7 +279,7 @@ class Sparsifier {
     for_each_reading(items, options_, step, reading, [&](const auto& item, unsigned) {
       auto [c, unit] = item;
       visit(*c, unit);
-      if (++done[static_cast<size_t>(c - candidates_.data())] == c->units()) finish(*c);
+      if (++done[number(*c)] == c->units()) finish(*c);
     });
   }
 
@@ -314,9 +291,6 @@ class Sparsifier {
   // The first reading: magnitudes by bin, and whether all is finite.
   void look() {
     std::vector<std::vector<Tally>> tallies(candidates_.size());
-    const auto tallies_of = [&](const Candidate& c) -> std::vector<Tally>& {
-      return tallies[static_cast<size_t>(&c - candidates_.data())];
-    };
     for (Candidate& c : candidates_) c.unit_tau_sq.resize(c.units());
     for_each_unit("looking at magnitudes", [&](Candidate& c, uint64_t unit) {
       std::vector<Tally> tally(kBins);
@@ -340,7 +314,7 @@ class Sparsifier {
       std::lock_guard lock(mutex_);
       c.finite &= finite;
       c.base_finite &= base_finite;
-      std::vector<Tally>& all = tallies_of(c);
+      std::vector<Tally>& all = tallies[number(c)];
       if (all.empty()) {
         all = std::move(tally);
         return;
@@ -350,7 +324,7 @@ class Sparsifier {
         all[bin].significands += tally[bin].significands;
       }
     }, [&](Candidate& c) {
-      const std::vector<Tally> all = std::move(tallies_of(c));
+      const std::vector<Tally> all = std::move(tallies[number(c)]);
       if (!c.finite) return;
       for (double tau_sq : c.unit_tau_sq) c.tau_sq += tau_sq;
       uint64_t kept = 0;
@@ -388,7 +362,7 @@ class Sparsifier {
           if (chunk.bits[i] >> kBinShift == bin->number && chunk.bits[i]) found.push_back(chunk.bits[i]);
         }
       });
-      Inside& all = inside[static_cast<size_t>(&c - candidates_.data())];
+      Inside& all = inside[number(c)];
       if (c.units() == 1) {
         all.bits = std::move(found);
         return;
@@ -398,7 +372,7 @@ class Sparsifier {
       for (uint32_t bits : found) ++all.counts[bits % (1 << kBinShift)];
     }, [&](Candidate& c) {
       const Bin* const bin = last_bin(c);
-      Inside all = std::move(inside[static_cast<size_t>(&c - candidates_.data())]);
+      Inside all = std::move(inside[number(c)]);
       const uint64_t before = bin == c.bins.data() ? 0 : bin[-1].kept;
       const uint64_t above = c.units() == 1 ? cut_among(c, all.bits, c.kept - before)
                                             : cut_by(c, all.counts, bin->number, c.kept - before);
