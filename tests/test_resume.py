@@ -79,11 +79,15 @@ def test_it_goes_on(family, tmp_path, options, steps):
     assert log.total("encoding") < 10  # only what held NaN was not done
 
 
+def check_resumed(family, folder):
+    """A file comes out as without resume, and nothing else is left."""
+    expected = encoded(folder / "b.tall", *family)
+    assert encoded(folder / "a.tall", *family, resume=True) == expected
+    assert names_in(folder) == ["a.tall", "b.tall"]
+
+
 def test_without_an_interruption(family, tmp_path):
-    base, tasks = family
-    expected = encoded(tmp_path / "b.tall", base, tasks)
-    assert encoded(tmp_path / "a.tall", base, tasks, resume=True) == expected
-    assert names_in(tmp_path) == ["a.tall", "b.tall"]
+    check_resumed(family, tmp_path)
 
 
 def test_an_old_output_stays_until_then(family, tmp_path):
@@ -184,12 +188,9 @@ def test_what_is_not_ours_is_left_alone(tmp_path, make):
 
 def test_starting_anew(family, tmp_path):
     """As the message says: by removing the partial."""
-    base, tasks = family
-    interrupt(base, tasks, tmp_path / "a.tall", threshold=0.4)
+    interrupt(*family, tmp_path / "a.tall", threshold=0.4)
     (tmp_path / LEFT[0]).unlink()
-    expected = encoded(tmp_path / "b.tall", base, tasks)
-    assert encoded(tmp_path / "a.tall", base, tasks, resume=True) == expected
-    assert names_in(tmp_path) == ["a.tall", "b.tall"]
+    check_resumed(family, tmp_path)
 
 
 def test_killed_before_the_last_link_is_gone(family, tmp_path):

@@ -197,19 +197,24 @@ def test_a_pass_that_dies_in_a_thread_of_a_pool(net, path):
         assert switched == [None]
 
 
-def test_blocks_that_wait_for_a_switch_share_their_task(net, path):
-    """Whoever is first puts the model on it, the others join."""
+def start_together(switcher, task):
+    """Three threads in blocks of a task, which end when all are in theirs."""
     together = threading.Barrier(3)
 
     def work():
-        with switcher.task("dtd"):
+        with switcher.task(task):
             together.wait(WAIT)
 
+    return [start(work) for _ in range(3)]
+
+
+def test_blocks_that_wait_for_a_switch_share_their_task(net, path):
+    """Whoever is first puts the model on it, the others join."""
     with Switcher(net, path, task="cars") as switcher:
         writing, go = pause(switcher._plan, "write")
         switching, switched = start(lambda: switcher.switch("mnist"))
         assert writing.wait(WAIT)
-        threads = [start(work) for _ in range(3)]
+        threads = start_together(switcher, "dtd")
         while switcher._gate._users < 3:
             pass
         go.set()
@@ -301,15 +306,8 @@ def test_blocks_of_many_threads(net, path, restore):
 
 
 def test_blocks_of_one_task_share_it(net, path):
-    together = threading.Barrier(3)
-
-    def work():
-        with switcher.task("dtd"):
-            together.wait(WAIT)
-
     with Switcher(net, path, task="cars") as switcher:
-        threads = [start(work) for _ in range(3)]
-        for thread, results in threads:
+        for thread, results in start_together(switcher, "dtd"):
             thread.join(WAIT)
             assert results == [None]
         assert switcher.current == "cars"
