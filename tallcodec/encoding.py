@@ -16,12 +16,12 @@ import zstandard
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
-from .checkpoint_write import Partial, atomic_file, check_output, resumable_file
 from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
 from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
+from .output import Partial, atomic_file, check_output, resumable_file
 from .progress import Progress, check_progress
 from .tensors import Tensor
 from .thresholds import (

@@ -14,7 +14,7 @@ import zstandard
 
 from . import _core, frameworks, numbers
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
-from .checkpoint_write import Part, batches, write_checkpoint
+from .checkpoint_write import Part, batches, request, write_checkpoint
 from .errors import (
     ArgumentError,
     BaseMismatchError,
@@ -354,11 +354,10 @@ class File:
             self._decode(number, [(ids[name], pointers[name]) for name in names], loaded)
             return result
         for batch in batches(names, specs):
-            requests = []
-            for name, begin, size in batch:
-                itemsize = DTYPES[specs[name][0]].itemsize
-                part = pointers[name] + begin, begin // itemsize, size // itemsize
-                requests.append((ids[name], *part))
+            requests = [
+                (ids[name], *request(pointers[name] + begin, begin, size, specs[name][0]))
+                for name, begin, size in batch
+            ]
             self._decode(number, requests)
             self._let_go(sum(size for _, _, size in batch))
         return result

@@ -12,12 +12,13 @@ import numpy as np
 
 from . import _core, frameworks, numbers
 from .checkpoint import refuse_input_as_output
-from .checkpoint_write import Part, check_output, write_checkpoint
+from .checkpoint_write import Part, write_checkpoint
 from .encoding import encode
 from .errors import ArgumentError, WriteError
 from .file import File
 from .file import open as open_file
 from .numbers import name_of
+from .output import check_output
 from .progress import Progress, check_progress
 from .thresholds import best, check_score
 

@@ -14,8 +14,9 @@ import pytest
 
 from helpers import contents, every_dtype, expected, names_in, torch_bytes
 from tallcodec.checkpoint import open_checkpoint
-from tallcodec.checkpoint_write import Part, atomic_file, parse_size, write_checkpoint
+from tallcodec.checkpoint_write import Part, parse_size, write_checkpoint
 from tallcodec.errors import ArgumentError, OutputExistsError, ReadError, WriteError
+from tallcodec.output import atomic_file
 from tallcodec.tensors import DTYPES, dtype_name
 
 torch = pytest.importorskip("torch")

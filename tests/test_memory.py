@@ -125,7 +125,7 @@ def test_what_does_not_fit_leaves_the_page_cache(folder, tmp_path, monkeypatch, 
     tallcodec.encode(inputs[0], {"t": inputs[1]}, tmp_path / "a.tall", **options)
     assert min(map(cached, inputs)) > 0.99
     monkeypatch.setattr(tallcodec.encoding, "memory", lambda: 256 * MIB)
-    monkeypatch.setattr(tallcodec.checkpoint_write, "memory", lambda: 256 * MIB)
+    monkeypatch.setattr(tallcodec.output, "memory", lambda: 256 * MIB)
     tallcodec.encode(inputs[0], {"t": inputs[1]}, tmp_path / "b.tall", **options)
     assert max(map(cached, [*inputs, tmp_path / "b.tall"])) < 0.05
     assert (tmp_path / "a.tall").read_bytes() == (tmp_path / "b.tall").read_bytes()

@@ -9,7 +9,7 @@ import torch
 import tallcodec
 from helpers import normal, same, small_family
 from tallcodec import _core, errors
-from tallcodec.checkpoint_write import atomic_file
+from tallcodec.output import atomic_file
 
 
 def test_zstd_planes_inflated_by_several_threads(encode):
