@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "decode.h"
 #include "encode.h"
 #include "format.h"
 #include "kernels.h"
@@ -85,10 +86,6 @@ auto inflate_with(py::object inflate) {
 }
 
 Options options(unsigned threads, bool verify, py::object inflate, py::object progress = py::none()) {
-  const char* backend = std::getenv("TALLCODEC_BACKEND");
-  if (backend && *backend && std::string_view(backend) != "cpu") {
-    throw Error(Status::Argument, text("TALLCODEC_BACKEND=", backend, ": there is only cpu here"));
-  }
   Options o;
   o.threads = threads;
   o.verify = verify;
@@ -102,16 +99,21 @@ class BufferFile {
  public:
   BufferFile(std::string label, const py::buffer& buffer)
       : buffer_(buffer.request()),
-        file_(std::move(label), static_cast<uint64_t>(buffer_.size * buffer_.itemsize),
-              [data = static_cast<const uint8_t*>(buffer_.ptr)](uint64_t offset, uint64_t) {
-                return data + offset;
-              }) {}
+        fetch_([data = static_cast<const uint8_t*>(buffer_.ptr)](uint64_t offset, uint64_t) {
+          return data + offset;
+        }),
+        file_(std::move(label), static_cast<uint64_t>(buffer_.size * buffer_.itemsize), fetch_) {}
   const File& operator*() const { return file_; }
   const File* operator->() const { return &file_; }
   const Index& index() const { return file_.index(); }
+  const File::Fetch& fetch() const { return fetch_; }
+  std::pair<uintptr_t, uint64_t> memory() const {
+    return {reinterpret_cast<uintptr_t>(buffer_.ptr), static_cast<uint64_t>(buffer_.size * buffer_.itemsize)};
+  }
 
  private:
   py::buffer_info buffer_;
+  File::Fetch fetch_;
   File file_;
 };
 
@@ -247,6 +249,59 @@ Loaded load(const BufferFile& f, uint32_t task, const py::list& wanted, unsigned
   Options o = options(threads, true, std::move(inflate));
   py::gil_scoped_release release;
   return f->load(task, requests, o);
+}
+
+DevicePlan device_plan(const BufferFile& f, const py::list& wanted, const std::set<uint32_t>& there,
+                       unsigned threads, bool verify, py::object inflate) {
+  const std::vector<Request> requests = requests_of(wanted);
+  const Options o = options(threads, verify, std::move(inflate));
+  py::gil_scoped_release release;
+  Decoder decoder(*f, f.fetch(), o);
+  std::vector<Job> jobs;
+  for (const Request& request : requests) {
+    f->info(request.task, request.tensor);  // refuses what is absent or of a newer writer
+    jobs.push_back(decoder.job(request));
+  }
+  return decoder.device_plan(jobs, there);
+}
+
+// (plane, address, bytes), the address 0 where the device has it.
+py::object device_plane(const DevicePlane& p) {
+  if (p.id == kNone) return py::none();
+  return py::make_tuple(p.id, reinterpret_cast<uintptr_t>(p.bytes), p.size);
+}
+
+py::list device_tensors(const DevicePlan& plan) {
+  py::list out;
+  for (const DeviceTensor& t : plan.tensors) {
+    py::dict d;
+    d["coding"] = int(t.coding);
+    d["base_dtype"] = int(t.block.base_dtype);
+    d["shared_dtype"] = int(t.block.shared_dtype);
+    d["scale"] = t.block.scale;
+    d["row_length"] = t.row_length;
+    d["first"] = t.first;
+    d["end"] = t.end;
+    d["start"] = t.start;
+    d["stop"] = t.stop;
+    d["copied"] = device_plane(t.copied);
+    d["base"] = device_plane(t.base);
+    d["shared"] = device_plane(t.shared);
+    d["shared_scales"] = device_plane(t.shared_scales);
+    d["mask"] = device_plane(t.mask);
+    d["signs"] = device_plane(t.signs);
+    d["row_scales"] = device_plane(t.row_scales);
+    d["coded"] = device_plane(t.coded);
+    d["head"] = t.head;
+    d["slots"] = py::none();
+    if (t.ternary) {
+      std::vector<uint64_t> slots;
+      for (uint32_t i = 0; i < 1u << kTernarySlotBits; ++i) slots.push_back(t.ternary->slot(i));
+      d["slots"] = py::bytes(reinterpret_cast<const char*>(slots.data()), 8 * slots.size());
+    }
+    out.append(d);
+  }
+  return out;
 }
 
 void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, float scale,
@@ -391,10 +446,12 @@ PYBIND11_MODULE(_core, m) {
       .def("finish", &Encoder::finish, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Loaded>(m, "Loaded").def("bytes", &Loaded::bytes);
+  py::class_<DevicePlan>(m, "DevicePlan").def("tensors", device_tensors);
   py::class_<BufferFile>(m, "File")
       .def(py::init<std::string, const py::buffer&>())
       .def("identity", [](const BufferFile& f) { return f->identity(); })
       .def("size", [](const BufferFile& f) { return f->size(); })
+      .def("memory", &BufferFile::memory)
       .def("header", header)
       .def("tasks", tasks)
       .def("tensors", tensors)
@@ -435,6 +492,7 @@ PYBIND11_MODULE(_core, m) {
       .def("decode", decode, py::arg("requests"), py::arg("threads"), py::arg("verify"),
            py::arg("inflate"), py::arg("loaded") = nullptr)
       .def("load", load)
+      .def("device_plan", device_plan)
       .def("merge", merge, py::arg("requests"), py::arg("min_tasks"), py::arg("scale"),
            py::arg("threads"), py::arg("verify"), py::arg("progress") = py::none())
       .def("count_masks", count_masks, py::arg("tensors"), py::arg("threads"), py::arg("verify"),

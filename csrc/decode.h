@@ -1,8 +1,10 @@
 // Planes and kernels to tensors: the work behind an open File.
 #pragma once
 #include <algorithm>
+#include <list>
 #include <memory>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "conditional.h"
@@ -65,6 +67,34 @@ struct Job {
   }
 };
 
+// Bytes of a plane as a device takes them: checked, in memory.
+struct DevicePlane {
+  uint32_t id = kNone;             // none: there is nothing to take
+  const uint8_t* bytes = nullptr;  // null: the device has the plane
+  uint64_t size = 0;
+};
+
+// What a device takes to decode the elements first .. end of a tensor.
+struct DeviceTensor {
+  Coding coding;
+  DecodeBlock block;  // the types and the scale
+  uint64_t row_length, first, end;
+  DevicePlane copied;      // as the base, verbatim: the bytes that are wanted
+  DevicePlane base;        // from the last multiple of kScaleBlock before `first` on, to `end`
+  DevicePlane row_scales;  // of the rows that are touched
+  // Of elements start .. stop: where a mask or ternary plane is coded, of whole blocks.
+  uint64_t start, stop;
+  DevicePlane shared, shared_scales, mask, signs;
+  DevicePlane coded;  // in place of mask and signs; where it is cut, of the blocks of start .. stop alone
+  uint64_t head = 0;  // bytes of it before its blocks
+  std::shared_ptr<const TernaryPlane> ternary;
+};
+
+struct DevicePlan {
+  std::vector<DeviceTensor> tensors;
+  std::list<std::vector<uint8_t>> read;  // what does not lie in memory as it is wanted
+};
+
 class Decoder {
  public:
   // All of them outlive it.
@@ -79,6 +109,8 @@ class Decoder {
   std::vector<uint32_t> masked_tasks(uint32_t tensor) const;
 
   void run(const std::vector<Job>& jobs);
+  // What a device takes that has the planes `there` already, whole.
+  DevicePlan device_plan(const std::vector<Job>& jobs, const std::set<uint32_t>& there);
   Loaded load(const std::vector<Job>& jobs);
   // Adds what the masks of one unit say; counts.agreement and counts.overlap have their sizes.
   void count_unit(const Job& job, uint64_t unit, unsigned worker, MaskCounts& counts);

@@ -70,6 +70,19 @@ class CodedBlocks {
     require(from <= to && to <= size_, "its blocks lie outside it");
     return {bytes_ + from, to - from};
   }
+  // A plane of the blocks first .. end alone.
+  std::vector<uint8_t> cut(uint64_t first, uint64_t end) const {
+    const uint64_t from = begin(first), to = this->end(end - 1);
+    require(from <= to && to <= size_, "its blocks lie outside it");
+    std::vector<uint8_t> plane(8 * (end - first));
+    for (uint64_t b = first; b < end; ++b) {
+      const uint64_t offset = this->end(b) - from;
+      std::memcpy(&plane[8 * (b - first)], &offset, sizeof offset);
+    }
+    plane.insert(plane.end(), bytes_ + 8 * count_, bytes_ + head_);  // what is behind the numbers
+    plane.insert(plane.end(), bytes_ + from, bytes_ + to);
+    return plane;
+  }
 
  private:
   const uint8_t* bytes_;

@@ -38,6 +38,11 @@ class TernaryPlane {
   TernaryPlane(const uint8_t* bytes, uint64_t size, uint64_t n);
 
   const CodedBlocks& blocks() const { return blocks_; }
+  // What a slot stands for, as one number: frequency, bias, 16 bits each from the lowest, gap, 27, extra.
+  uint64_t slot(uint32_t i) const {
+    const Slot& s = slots_[i];
+    return s.frequency | uint64_t{s.bias} << 16 | uint64_t{s.gap} << 32 | uint64_t{s.extra} << 59;
+  }
   // The bits of the elements from block * kTernaryBlock on, in (elements + 7) / 8 bytes each, of the block's
   // bytes.
   void decode(const uint8_t* bytes, uint64_t size, uint64_t block, uint8_t* mask, uint8_t* signs) const;
@@ -50,7 +55,7 @@ class TernaryPlane {
 
   uint64_t n_;
   CodedBlocks blocks_;
-  Slot slots_[1 << kTernarySlotBits];
+  Slot slots_[1 << kTernarySlotBits]{};
 };
 
 }  // namespace tallcodec

@@ -55,10 +55,20 @@ class Encoder:
 class Loaded:
     def bytes(self) -> int: ...
 
+class DevicePlan:
+    """Planes in memory, checked, packed as they are stored. It keeps what is not in the mapping."""
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """For each request what csrc/decode.h's DeviceTensor says; planes are (number, address,
+        bytes), the address 0 where the device has it."""
+
 class File:
     def __init__(self, label: str, data: Buffer) -> None: ...
     def identity(self) -> int: ...
     def size(self) -> int: ...
+    def memory(self) -> tuple[int, int]:
+        """Where its bytes lie: address and size."""
+
     def header(self) -> dict[str, Any]: ...
     def tasks(self) -> list[dict[str, Any]]: ...
     def tensors(self) -> list[dict[str, Any]]: ...
@@ -87,6 +97,12 @@ class File:
     def load(
         self, task: int, requests: list[tuple[Any, ...]], threads: int, inflate: Inflate | None
     ) -> Loaded: ...
+    def device_plan(
+        self, requests: list[tuple[Any, ...]], there: set[int], threads: int, verify: bool,
+        inflate: Inflate | None,
+    ) -> DevicePlan:  # fmt: skip
+        """What a device takes that has the planes ``there``; addresses of requests do not count."""
+
     def merge(
         self, requests: list[tuple[int, int, int, Source]], min_tasks: int, scale: float,
         threads: int, verify: bool, progress: Progress | None = None,

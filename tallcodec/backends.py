@@ -1,7 +1,15 @@
-"""What decodes on a device: CUDA C++ or Triton, which do the same and give the same bits."""
+"""What decodes on a device: CUDA C++ or Triton, which do the same and give the same bits; which of
+them there are, and which is used."""
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+from . import _core
+from .errors import ArgumentError
 
 UNIT = 524288  # elements of a tensor for which statistics are summed in one go, lane by lane
 LANES = 16
@@ -90,3 +98,119 @@ class Backend(Protocol):
     ) -> None:
         """A mask coded given the shared vector (docs/format.md, "Conditional masks"), likewise;
         ``shared`` is (n,) values or int8, with ``scales``."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A back-end, as :func:`backends` tells of it."""
+
+    name: str
+    available: bool
+    detail: str
+    """Why it is not; of "cpu", which kernels it uses."""
+    devices: tuple[str, ...]
+    """Where it decodes to: "cpu", "cuda:0", …"""
+
+
+def backends() -> dict[str, BackendInfo]:
+    """What can decode here: "cpu", the C++ core, and of "cuda" and "triton" whether they can, on
+    which devices, and if not, why. TALLCODEC_BACKEND forces one of them."""
+    known = _core.kernels.available()
+    kernels = os.environ.get("TALLCODEC_KERNELS") or known[0]
+    found = [BackendInfo("cpu", kernels in known, f"{kernels} kernels", ("cpu",))]
+    for name in ("cuda", "triton"):
+        try:
+            _backend(name)
+            found.append(BackendInfo(name, True, "", _devices(name)))
+        except ArgumentError as error:
+            found.append(BackendInfo(name, False, str(error), ()))
+    return {info.name: info for info in found}
+
+
+def forced() -> str | None:
+    """The back-end that TALLCODEC_BACKEND names. Raises ArgumentError where it is not there."""
+    name = os.environ.get("TALLCODEC_BACKEND") or None
+    if name not in (None, "cpu"):
+        if name not in _MAKERS:
+            raise ArgumentError(f"TALLCODEC_BACKEND={name}: there are cpu, cuda and triton")
+        try:
+            _backend(name)
+        except ArgumentError as error:
+            raise ArgumentError(f"TALLCODEC_BACKEND={name}: {error}") from error
+    return name
+
+
+def choose(device: Any) -> Backend | None:
+    """What decodes to a torch device: a back-end, or None: the C++ core (and where the device is
+    not the CPU, TALLCODEC_BACKEND=cpu says so: its results are copied there).
+
+    Raises ArgumentError where there is none.
+    """
+    name = forced()
+    if device.type == "cpu":
+        return _backend(name) if name and "cpu" in _devices(name) and name != "cpu" else None
+    if name == "cpu":
+        return None
+    missing = []
+    for candidate in [name] if name else ["cuda", "triton"]:
+        try:
+            found = _backend(candidate)
+        except ArgumentError as error:
+            missing.append(f"{candidate}: {error}")
+            continue
+        if device.type in {where.split(":")[0] for where in _devices(candidate)}:
+            return found
+        missing.append(f"{candidate}: it does not run there")
+    raise ArgumentError(
+        f"nothing here decodes to {device} ({'; '.join(missing)}); TALLCODEC_BACKEND=cpu decodes "
+        "on the CPU and copies"
+    )
+
+
+@functools.cache
+def _backend(name: str) -> Backend:
+    """Raises ArgumentError, which says why it is not there."""
+    return _MAKERS[name]()
+
+
+def _devices(name: str) -> tuple[str, ...]:
+    if name in ("cpu", "cuda-host"):
+        return ("cpu",)
+    import torch
+
+    found = tuple(f"cuda:{k}" for k in range(torch.cuda.device_count()))
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return ("cpu", *found) if interpreted else found
+
+
+def _require(name: str, *modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ArgumentError(f"{module} is not installed")
+    if not _devices(name):
+        raise ArgumentError("PyTorch sees no CUDA device")
+
+
+def _triton() -> Backend:
+    _require("triton", "torch", "triton")
+    try:
+        from .kernels_triton import TritonBackend
+    except ImportError as error:
+        raise ArgumentError(f"Triton cannot be imported: {error}") from error
+    return TritonBackend()
+
+
+def _cuda(name: str) -> Backend:
+    if not hasattr(_core, "gpu"):
+        raise ArgumentError("built without CUDA")
+    _require(name, "torch")
+    from .kernels_cuda import CudaBackend
+
+    return CudaBackend(name)
+
+
+_MAKERS: dict[str, Callable[[], Backend]] = {
+    "triton": _triton,
+    "cuda": functools.partial(_cuda, "cuda"),
+    "cuda-host": functools.partial(_cuda, "cuda-host"),  # its kernels on the CPU, for tests
+}

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import zstandard
 
 from . import _core, numbers
+from .backends import forced
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .errors import ArgumentError, CheckpointError, WriteError
 from .file import label
@@ -162,6 +163,7 @@ def encode(
         raise ArgumentError(f"density must be more than 0 and at most 1, not {density!r}")
     metadata = _metadata(metadata)
     threads = check_threads(threads)
+    forced()  # refuses what is not there
     check_progress(progress)
 
     refuse_input_as_output(output, (base, *tasks.values()))

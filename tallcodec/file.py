@@ -8,13 +8,14 @@ import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
 
 from . import _core, frameworks, numbers
+from .backends import Backend, choose, forced
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
-from .checkpoint_write import Part, batches, request, write_checkpoint
+from .checkpoint_write import Part, batches, write_checkpoint
 from .errors import (
     ArgumentError,
     BaseMismatchError,
@@ -23,6 +24,7 @@ from .errors import (
     FormatError,
     ReadError,
     TaskNotFoundError,
+    TensorMismatchError,
     TensorNotFoundError,
 )
 from .info import FileInfo, Verification, read_info
@@ -98,6 +100,7 @@ class File:
         self._core: _core.File | None = None
         self._base: Checkpoint | None = None
         self._framework = frameworks.check_framework(framework)
+        forced()  # refuses what is not there
         self._threads = check_threads(threads)
         self._check = verify
         self._path = os.path.abspath(path)
@@ -115,6 +118,7 @@ class File:
             raise ReadError(error.errno, message) from error
         self._map = data or None
         self._decoded = 0  # since pages were let go of
+        self._on_device: dict[Any, Any] = {}  # planes that tasks share there: device.Residents
         self._core = _core.File(self._label, data)
         if base is not None:
             self._base = open_checkpoint(base)
@@ -156,28 +160,49 @@ class File:
         task: str | None,
         tensors: Iterable[str] | None = None,
         out: Mapping[str, Any] | None = None,
+        device: Any = None,
     ) -> dict[str, Any]:
         """Decode a task's checkpoint, or those of its tensors named in ``tensors``.
 
         Gives name -> tensor, in the fine-tuned checkpoint's own dtypes and shapes. Each has memory
         of its own, tied ones too: equal bytes do not tell a tie from two biases that are both
         zero. ``out`` maps names to torch tensors or NumPy arrays of just these dtypes and
-        shapes, contiguous, on the CPU, to decode into; they are undefined where decoding fails.
+        shapes, contiguous, on the CPU or on CUDA devices, or to whatever else gives such memory by
+        ``__dlpack__``, to decode into; they are undefined where decoding fails. ``device`` ("cuda",
+        a torch.device) is where new tensors are made, and where those of ``out`` have to be; by
+        default the CPU, and wherever they are.
         A ``task`` of None is the base.
 
-        Raises TaskNotFoundError, TensorNotFoundError, TensorMismatchError before anything is
-        written; ChecksumError, BaseMismatchError, ReadError on bad bytes.
+        What goes to a CUDA device is decoded there, by a back-end (see
+        :func:`tallcodec.backends`): checksums are looked at here, planes go there as they are
+        stored, and work is queued on the device's current stream.
+
+        Raises TaskNotFoundError, TensorNotFoundError, TensorMismatchError, ArgumentError before
+        anything is written; ChecksumError, FormatError, BaseMismatchError, ReadError on bad bytes.
         """
-        return self._decode_task(task, tensors, out)
+        number = self._number(task)
+        result, groups = self._targets(number, tensors, out, device)
+        for where in groups:
+            _backend(where)  # before anything is written
+        for where, targets in groups.items():
+            self._decode_to(where, number, targets)
+        return result
 
     def decode_rows(
-        self, task: str | None, tensor: str, start: int, stop: int, out: Any = None
+        self,
+        task: str | None,
+        tensor: str,
+        start: int,
+        stop: int,
+        out: Any = None,
+        device: Any = None,
     ) -> Any:
         """Decode rows ``start`` to ``stop`` (exclusive) of a tensor, the indices on dimension 0:
         what is stored of the others is hardly touched.
 
         Gives a tensor of the same dtype with ``stop - start`` rows: ``out``, where it is given.
-        Raises what :meth:`decode` raises, and ArgumentError for rows the tensor does not have.
+        ``out`` and ``device`` are as in :meth:`decode`. Raises what that raises, and ArgumentError
+        for rows the tensor does not have.
         """
         number = self._number(task)
         index = self._tensor(tensor)
@@ -193,35 +218,34 @@ class File:
                 f"rows {start} to {stop} of tensor {tensor!r}: it has rows 0 to {shape[0]}"
             )
         part = (stop - start, *shape[1:])
+        device = self._device(device)
         if out is None:
-            out, pointer = frameworks.empty(self._framework, dtype, part)
+            out = memory = frameworks.empty(self._framework, dtype, part, device)
         else:
-            pointer = frameworks.address(tensor, out, dtype, part)
-        length = math.prod(shape[1:])
-        self._decode(number, [(index, pointer, start * length, (stop - start) * length)])
-        self._let_go((stop - start) * length * DTYPES[dtype].itemsize)
+            memory = frameworks.memory(tensor, out, dtype, part, device)
+        rows = _Target(index, frameworks.flat(memory), dtype, start * math.prod(shape[1:]))
+        self._decode_to(frameworks.device_of(memory), number, [rows])
         return out
 
-    def load(self, task: str | None) -> "Loaded":
+    def load(self, task: str | None, device: Any = None) -> "Loaded":
         """A task's own planes in memory, unpacked, to decode from at the speed of memory, again and
         again. Everything it will be decoded from, base and shared vector too, is checked once, now.
         The base (None) has none of its own.
 
         It takes one bit per parameter of a TALL task and two of a ternary one, and uses the file,
-        which stays open for it. Raises what :meth:`decode` raises.
+        which stays open for it. ``device`` ("cuda", a torch.device) has the planes there, and those
+        of the base and the shared vector too, once for all tasks of this File that are loaded
+        there, until the last of them is let go of. Raises what :meth:`decode` raises.
         """
-        number = self._number(task)
-        base, file = self._base, self._file
-        requests = [(file.find_tensor(name), 0) for name in self._names(number)]
-        requests = self._with_base(number, requests, base)
-        return Loaded(self, task, file.load(number, requests, self._threads, _inflate))
+        return self._load(task, self._names(self._number(task)), device)
 
-    def state_dict(self, task: str | None) -> "StateDict":
+    def state_dict(self, task: str | None, device: Any = None) -> "StateDict":
         """A task's checkpoint as a lazy mapping: each tensor is decoded when it is asked for, anew
-        each time. Works as ``state_dict=`` for ``load_state_dict`` and ``from_pretrained``.
+        each time, on the CPU or on ``device``. Works as ``state_dict=`` for ``load_state_dict`` and
+        ``from_pretrained``.
         """
         self._number(task)
-        return StateDict(self, task)
+        return StateDict(self, task, self._device(device))
 
     def save(
         self,
@@ -323,14 +347,17 @@ class File:
         dtype, shape, nbytes = self._file.info(number, tensor)
         return _DTYPE_NAMES[dtype], shape, nbytes
 
-    def _decode_task(
+    def _device(self, device: Any) -> Any:
+        return frameworks.check_device(self._framework, device)
+
+    def _targets(
         self,
-        task: str | None,
+        number: int,
         tensors: Iterable[str] | None,
         out: Mapping[str, Any] | None,
-        loaded: _core.Loaded | None = None,
-    ) -> dict[str, Any]:
-        number = self._number(task)
+        device: Any,
+    ) -> tuple[dict[str, Any], dict[Any, list["_Target"]]]:
+        """What a decoding gives, and what is decoded for it, by torch device (None: NumPy's)."""
         names = self._names(number) if tensors is None else list(tensors)
         if isinstance(tensors, str):
             raise ArgumentError(f"tensors must be a list of names, not the string {tensors!r}")
@@ -340,36 +367,91 @@ class File:
         out = dict(out or {})
         for name in out.keys() - set(names):
             raise TensorNotFoundError(f"out[{name!r}]: that tensor is not among those decoded")
+        device = self._device(device)
         result: dict[str, Any] = {}
-        ids, specs, pointers = {}, {}, {}
+        groups: dict[Any, list[_Target]] = {}
         for name in names:
-            ids[name] = self._tensor(name)
-            dtype, shape = specs[name] = self._info(number, ids[name])[:2]
+            tensor = self._tensor(name)
+            dtype, shape, _ = self._info(number, tensor)
             if name in out:
                 result[name] = out[name]
-                pointers[name] = frameworks.address(name, out[name], dtype, shape)
+                memory = frameworks.memory(name, out[name], dtype, shape, device)
             else:
-                result[name], pointers[name] = frameworks.empty(self._framework, dtype, shape)
-        if loaded is not None or self._stat.st_size <= _MAPPED:
-            self._decode(number, [(ids[name], pointers[name]) for name in names], loaded)
-            return result
-        for batch in batches(names, specs):
+                result[name] = memory = frameworks.empty(self._framework, dtype, shape, device)
+            target = _Target(tensor, frameworks.flat(memory), dtype)
+            groups.setdefault(frameworks.device_of(memory), []).append(target)
+        return result, groups
+
+    def _decode_to(self, device: Any, number: int, targets: list["_Target"]) -> None:
+        backend = _backend(device)
+        if backend is not None:
+            from .device import Decoding
+
+            decoding = Decoding(self, number, device, backend)
+            for parts in _parts(targets):
+                decoding.decode([(t.tensor, t.memory, t.first, len(t.memory)) for t in parts])
+                self._let_go(_size(parts))
+            decoding.finish()
+        elif device is None or device.type == "cpu":
+            self._decode_here(number, targets)
+        else:
+            for parts in _parts(targets):
+                made = [frameworks.empty("pt", t.dtype, t.memory.shape) for t in parts]
+                self._decode_here(number, [t._replace(memory=m) for t, m in zip(parts, made)])
+                for target, memory in zip(parts, made):
+                    target.memory.copy_(memory)
+
+    def _decode_here(
+        self, number: int, targets: list["_Target"], loaded: _core.Loaded | None = None
+    ) -> None:
+        whole = loaded is not None or self._stat.st_size <= _MAPPED
+        for parts in [targets] if whole else _parts(targets):
             requests = [
-                (ids[name], *request(pointers[name] + begin, begin, size, specs[name][0]))
-                for name, begin, size in batch
+                (t.tensor, frameworks.pointer(t.memory), t.first, len(t.memory)) for t in parts
             ]
-            self._decode(number, requests)
-            self._let_go(sum(size for _, _, size in batch))
-        return result
+            self._decode(number, requests, loaded)
+            self._let_go(_size(parts))
+
+    def _load(self, task: str | None, names: Iterable[str], device: Any) -> "Loaded":
+        """Those of a task's planes that decoding these tensors takes."""
+        number = self._number(task)
+        base, file = self._base, self._file
+        tensors = [file.find_tensor(name) for name in names]
+        device = self._device("cpu" if device is None else device)
+        backend = _backend(device)
+        if backend is not None:
+            from .device import Planes
+
+            return Loaded(self, task, Planes(self, number, tensors, device, backend))
+        if device is not None and device.type != "cpu":
+            raise ArgumentError(f"TALLCODEC_BACKEND=cpu has planes on the CPU, not on {device}")
+        forced()
+        requests = self._with_base(number, [(tensor, 0) for tensor in tensors], base)
+        return Loaded(self, task, file.load(number, requests, self._threads, _inflate))
 
     def _decode(
         self, number: int, requests: list[tuple[int, ...]], loaded: _core.Loaded | None = None
     ) -> None:
         """Decode tensors: (number, address of its memory), and of a part its first element and how
         many it has."""
+        forced()
         base, file = self._base, self._file  # in this order, see close; kept until this is done
         requests = self._with_base(number, requests, base)
         file.decode(requests, self._threads, self._check and not loaded, _inflate, loaded)
+
+    def _device_plan(
+        self,
+        number: int,
+        parts: list[tuple[int, int, int]],
+        there: Iterable[int],
+        verify: bool,
+        base: Checkpoint | None,
+    ) -> _core.DevicePlan:
+        """What a device that has the planes ``there`` takes to decode parts of tensors: (number,
+        first element, elements). It keeps neither the file nor the base open."""
+        requests = [(tensor, 0, first, count) for tensor, first, count in parts]
+        requests = self._with_base(number, requests, base)
+        return self._file.device_plan(requests, set(there), self._threads, verify, _inflate)
 
     def _unmap(self) -> None:
         """Let go of the pages of the file that were read; they stay in the page cache."""
@@ -438,41 +520,87 @@ class File:
 
 
 class Loaded:
-    """A task whose planes are in memory. Made by :meth:`File.load`; any number of threads may use
-    one at once.
+    """A task whose planes are in memory, on the CPU or another ``device``. Made by
+    :meth:`File.load`; any number of threads may use one at once. ``nbytes`` is what its own planes
+    take.
     """
 
-    def __init__(self, file: File, task: str | None, core: _core.Loaded):
+    def __init__(self, file: File, task: str | None, planes: Any):
         self._file = file
-        self._core = core
+        self._planes = planes  # _core.Loaded or device.Planes
         self.task = task
-        self.nbytes = core.bytes()
+        self.device = "cpu" if isinstance(planes, _core.Loaded) else str(planes.device)
+        self.nbytes: int = planes.bytes()
 
     def decode(
         self, tensors: Iterable[str] | None = None, out: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As :meth:`File.decode` of the task, the same bits; no checksum is looked at again."""
-        return self._file._decode_task(self.task, tensors, out, self._core)
+        """As :meth:`File.decode` of the task, the same bits, to the device that the planes are on;
+        no checksum is looked at again, and nothing is waited for."""
+        file = self._file
+        number = file._number(self.task)
+        result, groups = file._targets(number, tensors, out, self.device)
+        for where, targets in groups.items():
+            if where is not None and str(where) != self.device:  # not refused to framework "np"
+                raise TensorMismatchError(f"out is on {where}, the planes are on {self.device}")
+            if isinstance(self._planes, _core.Loaded):
+                file._decode_here(number, targets, self._planes)
+            else:
+                original = file._file.original
+                self._planes.decode((original(t.tensor), t.memory) for t in targets)
+        return result
 
     def __reduce__(self):
-        return File.load, (self._file, self.task)
+        return File.load, (self._file, self.task, self.device)
 
     def __repr__(self) -> str:
         return f"<tallcodec.Loaded {self.task!r}, {self.nbytes:,} bytes, of {self._file!r}>"
 
 
+class _Target(NamedTuple):
+    """What is decoded into: flat memory for elements of a tensor, from number ``first`` on."""
+
+    tensor: int
+    memory: Any  # torch's or NumPy's
+    dtype: str
+    first: int = 0
+
+
+def _parts(targets: list[_Target]) -> Iterator[list[_Target]]:
+    """The same, in lists of at most 64 MiB, cut where they are larger."""
+    specs = {k: (target.dtype, target.memory.shape) for k, target in enumerate(targets)}
+    for batch in batches(specs, specs):
+        parts = []
+        for k, begin, nbytes in batch:
+            size = DTYPES[targets[k].dtype].itemsize
+            a, b = begin // size, (begin + nbytes) // size
+            target = targets[k]
+            parts.append(target._replace(memory=target.memory[a:b], first=target.first + a))
+        yield parts
+
+
+def _size(targets: list[_Target]) -> int:
+    return sum(len(target.memory) * DTYPES[target.dtype].itemsize for target in targets)
+
+
+def _backend(device: Any) -> Backend | None:
+    """What decodes to a torch device; None: the core. (NumPy's arrays have none: None.)"""
+    return None if device is None else choose(device)
+
+
 class StateDict(Mapping):
     """A task's checkpoint, decoded tensor by tensor as it is asked for. See File.state_dict."""
 
-    def __init__(self, file: File, task: str | None):
+    def __init__(self, file: File, task: str | None, device: Any):
         self._file = file
         self._task = task
+        self._device = device
         self._keys = dict.fromkeys(file._names(file._number(task)))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._keys:
             raise TensorNotFoundError(f"task {self._task!r} has no tensor {name!r}")
-        return self._file.decode(self._task, [name])[name]
+        return self._file.decode(self._task, [name], device=self._device)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

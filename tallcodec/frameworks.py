@@ -30,25 +30,68 @@ def check_framework(name: str) -> str:
     return _FRAMEWORKS[name]
 
 
-def empty(framework: str, dtype: str, shape: tuple[int, ...]) -> tuple[Any, int]:
-    """A new tensor and the address of its memory."""
-    if framework == "np":
-        array = np.empty(shape, DTYPES[dtype].numpy)
-        return array, array.ctypes.data
+def check_device(framework: str, device: Any) -> Any:
+    """The torch device that is meant, or None for none. Raises ArgumentError where there is none of
+    that name, or where it is neither the CPU nor a CUDA device."""
+    if device is None or framework == "np":
+        if device is not None and str(device) != "cpu":
+            raise ArgumentError(f'framework "np" decodes to the CPU, not to {device}: use "pt"')
+        return None
     import torch
 
-    tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
-    if tensor.nbytes >= _HUGE:
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device {device!r}: {error}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if (device.index or 0) >= count:
+        raise ArgumentError(f"device {device}: there are the CPU and {count} CUDA devices")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
+
+
+def empty(framework: str, dtype: str, shape: tuple[int, ...], device: Any = None) -> Any:
+    """A new tensor, on the CPU or a torch device."""
+    if framework == "np":
+        return np.empty(shape, DTYPES[dtype].numpy)
+    import torch
+
+    tensor = torch.empty(shape, dtype=torch_dtype(dtype), device=device or "cpu")
+    if tensor.nbytes >= _HUGE and tensor.device.type == "cpu":
         _core.advise_huge(tensor.data_ptr(), tensor.nbytes)
-    return tensor, tensor.data_ptr()
+    return tensor
+
+
+def pointer(tensor: Any) -> int:
+    return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr()
+
+
+def flat(tensor: Any) -> Any:
+    """Its contiguous memory in one dimension, of which autograd knows nothing."""
+    return tensor.reshape(-1) if isinstance(tensor, np.ndarray) else tensor.detach().view(-1)
+
+
+def device_of(tensor: Any) -> Any:
+    """The torch device that it is on, or None for a NumPy array."""
+    return None if isinstance(tensor, np.ndarray) else tensor.device
 
 
 def address(name: str, tensor: Any, dtype: str, shape: tuple[int, ...]) -> int:
-    """The address of a caller's tensor, which must be just what is decoded into it."""
+    """The address of a caller's tensor, which must be just what is decoded into it, on the CPU."""
+    tensor = memory(name, tensor, dtype, shape)
+    if device_of(tensor) is not None and tensor.device.type != "cpu":
+        raise TensorMismatchError(f"out[{name!r}] is on {tensor.device}; it must be on the CPU")
+    return pointer(tensor)
+
+
+def memory(name: str, tensor: Any, dtype: str, shape: tuple[int, ...], device: Any = None) -> Any:
+    """A caller's tensor, which must be just what is decoded into it, on the CPU or a CUDA device,
+    and, if it is torch's, on ``device``, where that is given. What is neither torch's nor NumPy's
+    becomes, by DLPack, a torch tensor of the same memory."""
     if not isinstance(tensor, np.ndarray) and not hasattr(tensor, "data_ptr"):
-        raise TensorMismatchError(
-            f"out[{name!r}] is a {type(tensor).__name__}, not a torch tensor or a NumPy array"
-        )
+        tensor = _from_dlpack(name, tensor)
     found = dtype_name(tensor.dtype) or str(tensor.dtype)
     if (found, tuple(tensor.shape)) != (dtype, shape):
         raise TensorMismatchError(
@@ -57,9 +100,28 @@ def address(name: str, tensor: Any, dtype: str, shape: tuple[int, ...]) -> int:
     found = flaw(tensor)
     if found:
         raise TensorMismatchError(
-            f"out[{name!r}] is {found}; it must be contiguous, writable memory of the CPU"
+            f"out[{name!r}] is {found}; it must be contiguous, writable memory of the CPU or of a "
+            "CUDA device"
         )
-    return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr()
+    if None not in (device, device_of(tensor)) and tensor.device != device:
+        raise TensorMismatchError(f"out[{name!r}] is on {tensor.device}, not on {device}")
+    return tensor
+
+
+def _from_dlpack(name: str, tensor: Any) -> Any:
+    if not hasattr(tensor, "__dlpack__"):
+        raise TensorMismatchError(
+            f"out[{name!r}] is a {type(tensor).__name__}, not a torch tensor or a NumPy array, and "
+            "has no __dlpack__"
+        )
+    try:
+        import torch
+
+        return torch.from_dlpack(tensor)
+    except Exception as error:  # whatever its maker raises
+        raise TensorMismatchError(
+            f"out[{name!r}] cannot be written to by DLPack: {error}"
+        ) from error
 
 
 def flaw(tensor: Any) -> str:
@@ -70,7 +132,7 @@ def flaw(tensor: Any) -> str:
         if not tensor.dtype.isnative:
             return "of another byte order"
         return "" if tensor.flags.c_contiguous else "not contiguous"
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
         return f"on {tensor.device}"
     if str(tensor.layout) != "torch.strided" or tensor.is_nested:
         return "sparse or nested"

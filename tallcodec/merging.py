@@ -294,15 +294,13 @@ class _Merger:
     def tensors(self, out: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, int]]]:
         """A state dict that is not filled, of the caller's tensors where there are any, and where
         its tensors' memory is."""
-        made = {
-            name: (out[name], frameworks.address(name, out[name], *spec))
-            if name in out
-            else frameworks.empty(self._file._framework, *spec)
-            for name, spec in self.specs.items()
-        }
-        self._memory = [tensor for tensor, _ in made.values()]  # whatever becomes of the dict
-        state = {name: tensor for name, (tensor, _) in made.items()}
-        return state, [(name, pointer) for name, (_, pointer) in made.items()]
+        state, pointers = {}, []
+        for name, spec in self.specs.items():
+            made = None if name in out else frameworks.empty(self._file._framework, *spec)
+            state[name] = out.get(name, made)
+            pointers.append((name, frameworks.address(name, state[name], *spec)))
+        self._memory = list(state.values())  # whatever becomes of the dict
+        return state, pointers
 
     def part(self, part: Part) -> tuple:
         """A part of a tensor as :meth:`fill` takes it."""

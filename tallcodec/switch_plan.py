@@ -1,15 +1,28 @@
 """Which tensor of a file belongs where in a model."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from . import frameworks, hf, numbers
+from . import _core, frameworks, hf, numbers
+from .backends import choose
 from .errors import ArgumentError, SwitchError, TensorMismatchError
 from .file import File, Loaded
 from .tensors import dtype_name
 
 _NAMED = 8  # tensors that a message names
+
+
+class TaskPlanes(NamedTuple):
+    """A task's planes where a model needs them."""
+
+    task: str | None
+    loaded: list[Loaded]  # one per device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(loaded.nbytes for loaded in self.loaded)
 
 
 class Plan:
@@ -29,7 +42,18 @@ class Plan:
         self._refuse_own_base()
         self._pointers = {name: t.data_ptr() for name, t in self._targets.items()}
         self._memory = _addresses(model)
-        self._beside = {name for name, t in self._targets.items() if frameworks.flaw(t)}
+        self._places = {name: _place(t) for name, t in self._targets.items()}
+        self._devices = sorted(set(self._places.values()))
+        self._beside = {
+            name for name, t in self._targets.items()
+            if frameworks.flaw(t) or str(t.device) != self._places[name]
+        }  # fmt: skip
+        self._flat = {
+            name: frameworks.flat(t) for name, t in self._targets.items()
+            if name not in self._beside
+        }  # fmt: skip
+        self._streams: dict[str, Any] = {}
+        self._kept: set[Any] = set()  # planes on devices that tasks share
         self._checked: set[str | None] = set()
         self._changes: dict[str, set[str]] = {}
 
@@ -90,7 +114,7 @@ class Plan:
                 f"{_count('that are elsewhere', list(map(repr, moved)))}; make a new Switcher"
             )
 
-    def names(self, task: str | None, before: Loaded | None) -> list[str]:
+    def names(self, task: str | None, before: TaskPlanes | None) -> list[str]:
         """What is to be written to get from one task to another, or from anything at all."""
         ours = [name for name in self._targets if name in self._in_file]
         if before is None:
@@ -98,15 +122,50 @@ class Plan:
         touched = self._changed(task) | self._changed(before.task)
         return [name for name in ours if name in touched]
 
-    def write(self, loaded: Loaded, names: list[str]) -> None:
+    def load(self, task: str | None) -> TaskPlanes:
+        """A task's planes for the model's tensors, where these are. What they share with others on
+        devices stays there until :meth:`close`."""
+        names = self._file._names(self._file._number(task))
+        loaded = []
+        for place in self._devices:
+            ours = [name for name in names if self._places.get(name) == place]
+            loaded.append(self._file._load(task, ours, place))
+            if not isinstance(loaded[-1]._planes, _core.Loaded):
+                self._kept |= loaded[-1]._planes.shared
+        return TaskPlanes(task, loaded)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A block in which work is queued on streams of its own, beside what the model does."""
+        with contextlib.ExitStack() as streams:
+            for place in self._devices:
+                if place != "cpu":
+                    import torch
+
+                    stream = self._streams.get(place) or torch.cuda.Stream(place)
+                    self._streams[place] = stream
+                    streams.enter_context(torch.cuda.stream(stream))
+            yield
+
+    def write(self, planes: TaskPlanes, names: list[str]) -> None:
         """Decode tensors of a task to where they belong."""
-        number, file = self._file._number(loaded.task), self._file._file
-        direct = [n for n in names if n not in self._beside]
-        requests = [(file.find_tensor(name), self._pointers[name]) for name in direct]
-        self._file._decode(number, requests, loaded._core)
-        for name in names:
-            if name in self._beside:
-                self._copy(name, loaded)
+        number, file = self._file._number(planes.task), self._file._file
+        for loaded in planes.loaded:
+            ours = [name for name in names if self._places[name] == loaded.device]
+            direct = [name for name in ours if name not in self._beside]
+            if isinstance(loaded._planes, _core.Loaded):
+                requests = [(file.find_tensor(name), self._pointers[name]) for name in direct]
+                self._file._decode(number, requests, loaded._planes)
+            else:
+                originals = (file.original(file.find_tensor(name)) for name in direct)
+                loaded._planes.decode(zip(originals, (self._flat[name] for name in direct)))
+            for name in ours:
+                if name in self._beside:
+                    self._copy(name, loaded)
+
+    def close(self) -> None:
+        """Let go of what is kept on devices."""
+        self._kept.clear()
 
     def size(self, names: list[str]) -> int:
         return sum(self._targets[name].nbytes for name in names)
@@ -115,7 +174,7 @@ class Plan:
         import torch
 
         target = self._targets[name]
-        value = torch.empty(target.shape, dtype=target.dtype)
+        value = torch.empty(target.shape, dtype=target.dtype, device=loaded.device)
         loaded.decode([name], {name: value})
         with torch.no_grad():
             target.copy_(value)
@@ -170,6 +229,12 @@ def _targets(model: Any, names: set[str]) -> dict[str, Any]:
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         return hf.targets(model, names)
     return _state(model)
+
+
+def _place(target: Any) -> str:
+    """The device whose back-end decodes a tensor; what it cannot write to directly is copied."""
+    on_device = target.device.type == "cuda" and choose(target.device) is not None
+    return str(target.device) if on_device else "cpu"
 
 
 def _unwritable(target: Any) -> list[str]:

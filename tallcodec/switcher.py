@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 from .errors import ArgumentError, ClosedError, SwitchError
-from .file import File, Loaded
+from .file import File
 from .file import open as open_file
 from .gate import Gate, Use
-from .switch_plan import Plan
+from .switch_plan import Plan, TaskPlanes
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Switcher:
             self._blocks = 0
             self._restoring = False  # to _home, when nobody uses the model
             self._closed = False
-            self._held: Loaded | None = None  # of the current task; None: it is not known
+            self._held: TaskPlanes | None = None  # of the current task; None: it is not known
             with self._gate.changing():
                 self._put(task)
             self._home = task
@@ -170,7 +170,8 @@ class Switcher:
         self._plan.check(task)
 
         def load() -> None:
-            self._load(task)
+            with self._plan.aside():
+                self._load(task)
             self._cache.trim(self._current)
 
         return self._loading.submit(load)
@@ -190,6 +191,7 @@ class Switcher:
             _remove(self._hooks)
         self._resources.close()
         self._cache.clear()
+        self._plan.close()
         self._held = None
 
     def __enter__(self) -> "Switcher":
@@ -308,7 +310,7 @@ class Switcher:
             raise ClosedError("the Switcher was closed")
         self._file._file  # raises where the file was
 
-    def _load(self, task: str | None) -> tuple[Loaded, bool]:
+    def _load(self, task: str | None) -> tuple[TaskPlanes, bool]:
         """A task's planes, and whether they were in memory, or a prefetch was bringing them."""
         loaded = self._cache.get(task)
         if loaded is not None:
@@ -317,7 +319,7 @@ class Switcher:
             loaded = self._cache.get(task)
             if loaded is not None:
                 return loaded, True
-            loaded = self._file.load(task)
+            loaded = self._plan.load(task)
             self._cache.put(task, loaded)
             return loaded, False
 
@@ -374,16 +376,16 @@ class _Cache:
             raise ArgumentError(f"budget must be a number of bytes, not {budget!r}")
         self._budget = budget
         self._lock = threading.Lock()
-        self._tasks: OrderedDict[str | None, Loaded] = OrderedDict()
+        self._tasks: OrderedDict[str | None, TaskPlanes] = OrderedDict()
         self._evictions = 0
 
-    def get(self, task: str | None) -> Loaded | None:
+    def get(self, task: str | None) -> TaskPlanes | None:
         with self._lock:
             if task in self._tasks:
                 self._tasks.move_to_end(task)
             return self._tasks.get(task)
 
-    def put(self, task: str | None, loaded: Loaded) -> None:
+    def put(self, task: str | None, loaded: TaskPlanes) -> None:
         with self._lock:
             self._tasks[task] = loaded
 
