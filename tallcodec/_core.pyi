@@ -115,3 +115,10 @@ class File:
         self, threads: int, progress: Progress | None = None
     ) -> list[tuple[int, int]]: ...
     def describe(self, plane: int) -> str: ...
+
+class gpu:
+    @staticmethod
+    def devices(name: str) -> tuple[int, str]:
+        """How many devices the kernels of that name find, and why there is none."""
+
+    def __getattr__(self, name: str) -> Any: ...

@@ -201,8 +201,9 @@ def _triton() -> Backend:
 
 
 def _cuda(name: str) -> Backend:
-    if not hasattr(_core, "gpu"):
-        raise ArgumentError("built without CUDA")
+    count, error = _core.gpu.devices(name)
+    if not count:
+        raise ArgumentError(error or "the driver finds no device")
     _require(name, "torch")
     from .kernels_cuda import CudaBackend
 

@@ -62,16 +62,16 @@ def assert_on(model, path, task, base=None):
 
 def fail_after(switcher, monkeypatch, writes, times=1):
     """Makes the next `times` writes fail when they have written some tensors."""
-    decode, left = switcher._file._decode, [times]
+    write, left = switcher._plan.write, [times]
 
-    def failing(number, requests, loaded):
+    def failing(planes, names):
         if not left[0]:
-            return decode(number, requests, loaded)
+            return write(planes, names)
         left[0] -= 1
-        decode(number, requests[:writes], loaded)
+        write(planes, names[:writes])
         raise errors.ReadError(5, "the disk is gone")
 
-    monkeypatch.setattr(switcher._file, "_decode", failing)
+    monkeypatch.setattr(switcher._plan, "write", failing)
 
 
 def pause(owner, name):

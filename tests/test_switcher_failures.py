@@ -96,13 +96,13 @@ def test_nobody_uses_a_model_in_between_tasks(net, path, monkeypatch):
 
 def test_what_was_changed_in_place_is_not_put_back(net, path, monkeypatch):
     with Switcher(net, path, task="cars") as switcher:
-        decode = switcher._file._decode
+        write = switcher._plan.write
 
-        def decode_and_change(number, requests, loaded):
-            decode(number, requests, loaded)
+        def write_and_change(planes, names):
+            write(planes, names)
             os.utime(path, ns=(1, 1))
 
-        monkeypatch.setattr(switcher._file, "_decode", decode_and_change)
+        monkeypatch.setattr(switcher._plan, "write", write_and_change)
         with pytest.raises(errors.SwitchError, match="was written to.*could not be put back"):
             switcher.switch("dtd")
         assert switcher._held is None
