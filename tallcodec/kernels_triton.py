@@ -3,6 +3,7 @@
 import contextlib
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 from .backends import Block
 
 BLOCK = 1024  # elements per program of what reads tensors
+TERNARY_BLOCK, MASK_BLOCK = 262144, 524288  # elements of coded planes that decode alone
 
 # Loads and stores. An ``inside`` of None is a whole tile, which needs no asking: the compiler then
 # moves 16 bytes at a time.
@@ -163,6 +165,190 @@ def decode_kernel(
                     BLOCK, ALIGNED_ROWS, False)  # fmt: skip
 
 
+# Coded planes: a program for each block, which is decoded one gap, or sixteen elements, at a time.
+
+
+@triton.jit
+def read(data, inside, SIZE: tl.constexpr):
+    """Numbers of so many bytes, at any address; 0 outside."""
+    value = load(data, inside).to(tl.int64)
+    for byte in tl.static_range(1, SIZE):
+        value |= load(data + byte, inside).to(tl.int64) << 8 * byte
+    return value
+
+
+@triton.jit
+def coded_block(plane, size, head, block, blocks):
+    """(where a block begins, how long it is, whether it lies in its plane)."""
+    begin = tl.where(block > 0, read(plane + 8 * tl.maximum(block - 1, 0), None, 8), 0)
+    end = read(plane + 8 * block, None, 8)
+    sound = (begin >= 0) & (begin <= end) & (end <= size - head)
+    sound &= (block < blocks - 1) | (end == size - head)
+    return head + begin, end - begin, sound
+
+
+@triton.jit
+def ternary_block(data, size, slots, n, mask, signs):
+    """Sets the bits of a block, and says whether it is sound."""
+    sound = size >= 16
+    if sound:
+        count = read(data, None, 4)
+        words = read(data + 4, None, 4)
+        state = read(data + 8, None, 4)
+        other = read(data + 12, None, 4)  # the two take turns
+        extras = data + 16 + 2 * words
+        sign_bytes = (count + 7) // 8
+        extra_bits = 8 * (size - 16 - 2 * words - sign_bytes)
+        negative = data + size - sign_bytes
+        sound = (count > 0) & (count <= n) & (extra_bits >= 0)
+        sound &= (state >= 65536) & (other >= 65536)
+
+        i = tl.full((), 0, tl.int64)
+        word = i
+        bit = i  # of the extras
+        next = i  # the element behind the last one found
+        last = i  # the byte that it is in, whose bits so far are
+        kept = i
+        minus = i
+        while sound & (i < count):
+            slot = tl.load(slots + (state & 2047))
+            x = (slot & 0xFFFF) * (state >> 11) + (slot >> 16 & 0xFFFF)
+            low = x < 65536
+            sound = (low == 0) | (word < words)
+            filling = read(data + 16 + 2 * word, low & sound, 2)
+            state = other
+            other = tl.where(low, x << 16 | filling, x)
+            word += low.to(tl.int64)
+
+            extra = slot >> 59 & 31
+            sound &= extra <= extra_bits - bit
+            at = bit % 8
+            behind = extras + bit // 8
+            held = read(behind, sound & (at + extra > 0), 1)
+            held |= read(behind + 1, sound & (at + extra > 8), 1) << 8
+            held |= read(behind + 2, sound & (at + extra > 16), 1) << 16
+            bit += extra
+
+            element = next + (slot >> 32 & 0x7FFFFFF) + (held >> at & (1 << extra) - 1)
+            sound &= element < n
+            byte = element // 8
+            same = byte == last
+            sign = read(negative + i // 8, None, 1) >> i % 8 & 1
+            kept = tl.where(same, kept, 0) | 1 << element % 8
+            minus = tl.where(same, minus, 0) | sign << element % 8
+            tl.store(mask + byte, kept.to(tl.uint8), mask=sound)
+            tl.store(signs + byte, minus.to(tl.uint8), mask=sound)
+            last = byte
+            next = element + 1
+            i += 1
+        sound &= (state == 65536) & (other == 65536) & (word == words) & (extra_bits - bit < 8)
+    return sound
+
+
+@triton.jit
+def unpack_ternary_kernel(
+    plane, size, head, blocks, slots, n, mask, signs, status, BLOCK: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    begin, length, sound = coded_block(plane, size, head, block, blocks)
+    if sound & (length > 0):
+        at = block * (BLOCK // 8)
+        sound = ternary_block(plane + begin, length, slots, tl.minimum(n - block * BLOCK, BLOCK),
+                              mask + at, signs + at)  # fmt: skip
+    tl.store(status, 1, mask=sound == 0)
+
+
+@triton.jit
+def mask_context(s):
+    bits = s.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(bits != 0, 1 + (bits >> 22), 0).to(tl.int32)
+
+
+@triton.jit
+def popcount16(x):
+    x -= x >> 1 & 0x5555
+    x = (x & 0x3333) + (x >> 2 & 0x3333)
+    x = x + (x >> 4) & 0x0F0F
+    return x + (x >> 8) & 31
+
+
+@triton.jit
+def take_bits(state, f, data, word, words):
+    """(states, bits, next word): takes a bit off every state, in order. A frequency of 0 leaves a
+    state as it is."""
+    lane = tl.arange(0, 16)
+    slot = state & 4095
+    one = slot < f
+    x = tl.where(one, f * (state >> 12) + slot, (4096 - f) * (state >> 12) + slot - f)
+    low = x < 65536
+    both = tl.sum(one.to(tl.uint32) << lane | low.to(tl.uint32) << lane + 16, axis=0)
+    lows = both >> 16
+    at = word + popcount16(lows & (1 << lane) - 1)
+    filling = read(data + 2 * at, low & (at < words), 2).to(tl.uint32)
+    return tl.where(low, x << 16 | filling, x), both & 0xFFFF, word + popcount16(lows)
+
+
+@triton.jit
+def mask_block(data, size, shared, scales, n, mask):
+    """Sets the bits of a block, and says whether it is sound."""
+    sound = size >= 12
+    if sound:
+        words = read(data, None, 4)
+        first = read(data + 4, None, 2).to(tl.int32)
+        used = read(data + 6, None, 2).to(tl.int32)
+        after_none = read(data + 8, None, 2).to(tl.uint32)
+        after_some = read(data + 10, None, 2).to(tl.uint32)
+        table = data + 12
+        sound = (first > 0) & (first + used <= 512)
+        sound &= size == 12 + 2 * used + 64 + 2 * words
+        sound &= (after_none <= 4096) & (after_some <= 4096)
+        context = tl.arange(0, 512)
+        sound &= tl.max(read(table + 2 * context, sound & (context < used), 2), axis=0) <= 4096
+
+        lane = tl.arange(0, 16)
+        state = read(table + 2 * used + 4 * lane, sound & (lane >= 0), 4).to(tl.uint32)
+        sound &= tl.min(state, axis=0) >= 65536
+        data += 12 + 2 * used + 64
+        word = tl.full((), 0, tl.int64)
+        flag = tl.full((), 1, tl.uint32)
+        groups = tl.where(sound, (n + 63) // 64, 0)
+        for group in range(0, groups):
+            f = tl.where(lane == 0, tl.where(flag != 0, after_some, after_none), 0)
+            state, flag, word = take_bits(state, f, data, word, words)
+            if flag != 0:
+                octets = tl.full((), 0, tl.int64)
+                for step in tl.static_range(4):
+                    i = 64 * group + 16 * step + lane
+                    if scales is None:
+                        s = load_f32(shared + i, i < n)
+                    else:
+                        s = dequantise(load(shared + i, i < n), tl.load(scales + group // 2))
+                    rank = mask_context(s) - first
+                    f = read(table + 2 * rank, (rank >= 0) & (rank < used), 2).to(tl.uint32)
+                    state, ones, word = take_bits(state, f, data, word, words)
+                    octets |= ones.to(tl.int64) << 16 * step
+                byte = 8 * group + tl.arange(0, 8)
+                octet = (octets >> 8 * tl.arange(0, 8)).to(tl.uint8)
+                tl.store(mask + byte, octet, mask=8 * byte < n)
+        sound &= (word == words) & (tl.max((state != 65536).to(tl.int32), axis=0) == 0)
+    return sound
+
+
+@triton.jit
+def unpack_mask_kernel(
+    plane, size, blocks, shared, scales, n, mask, status, BLOCK: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    begin, length, sound = coded_block(plane, size, 8 * blocks, block, blocks)
+    if sound & (length > 0):
+        first = block * BLOCK
+        if scales is not None:
+            scales += first // 128
+        sound = mask_block(plane + begin, length, shared + first, scales,
+                           tl.minimum(n - first, BLOCK), mask + first // 8)  # fmt: skip
+    tl.store(status, 1, mask=sound == 0)
+
+
 def on(tensor):
     """The context to launch kernels on the device of a tensor in."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
@@ -191,3 +377,33 @@ class TritonBackend:
                     float_bits(block.scale), block.row_scales, block.row_length, block.n,
                     first, lead, BLOCK, aligned_rows, enable_fp_fusion=False,
                 )  # fmt: skip
+
+    def unpack_ternary(
+        self, plane: Any, head: int, slots: Any, n: int, mask: Any, signs: Any, status: Any
+    ) -> None:
+        mask.zero_()
+        signs.zero_()
+        if not n:
+            return
+        blocks = triton.cdiv(n, TERNARY_BLOCK)
+        with on(plane):
+            unpack_ternary_kernel[(blocks,)](
+                plane, plane.numel(), head, blocks, slots, n, mask, signs, status, TERNARY_BLOCK,
+                num_warps=1,
+            )  # fmt: skip
+
+    def unpack_mask(
+        self, plane: Any, n: int, shared: Any, scales: Any, mask: Any, status: Any
+    ) -> None:
+        mask.zero_()
+        if not n:
+            return
+        blocks = triton.cdiv(n, MASK_BLOCK)
+        if plane.numel() < 8 * blocks:
+            status.fill_(1)
+            return
+        with on(plane):
+            unpack_mask_kernel[(blocks,)](
+                plane, plane.numel(), blocks, shared, scales, n, mask, status, MASK_BLOCK,
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip

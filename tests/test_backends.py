@@ -5,6 +5,8 @@ import pytest
 
 from tallcodec import _core
 from tallcodec.backends import Block
+from tallcodec.errors import FormatError
+from tallcodec.reference import conditional, ternary
 
 torch = pytest.importorskip("torch")
 
@@ -26,6 +28,18 @@ def backend(request):
         from tallcodec.kernels_triton import TritonBackend
 
         return TritonBackend()
+
+
+@pytest.fixture
+def short_blocks(backend, monkeypatch):
+    """Blocks of coded planes of 1,024 elements where Triton is interpreted."""
+    if backend.name == "triton" and DEVICE == "cpu":
+        from tallcodec import kernels_triton
+
+        for name in ("TERNARY_BLOCK", "MASK_BLOCK"):
+            monkeypatch.setattr(kernels_triton, name, 1024)
+        monkeypatch.setattr(ternary, "BLOCK", 1024)
+        monkeypatch.setattr(conditional, "BLOCK", 1024)
 
 
 class Guarded:
@@ -232,3 +246,193 @@ def test_conversion_of_every_value(backend, guarded, base, out):
     here = to_device(block)._replace(out=guarded(block.n, out))
     backend.decode([here])
     assert_same(here.out, decoded(block, out))
+
+
+def slots_of(plane, n):
+    """(bytes before its blocks, what each slot stands for) of a coded ternary plane."""
+    at = 8 * -(-n // ternary.BLOCK)
+    symbols = np.flatnonzero(np.unpackbits(plane[at : at + 9], bitorder="little"))
+    head = at + 9 - -11 * symbols.size // 8
+    table = int.from_bytes(plane[at + 9 : head].tobytes(), "little")
+    slots = []
+    for k, s in enumerate(symbols.tolist()):
+        share, gap = (table >> 11 * k & 2047) + 1, ((4 + s % 4) << s // 4) - 4
+        slots += [share | rank << 16 | gap << 32 | s // 4 << 59 for rank in range(share)]
+    return head, torch.from_numpy(np.array(slots or [0] * 2048, np.uint64).view(np.int64))
+
+
+def placed(array):
+    """Bytes on the device, at an odd address."""
+    return at_offset(torch.from_numpy(np.array(array)), 1)
+
+
+def ternary_vector(n, density, random):
+    signs = random.choice(np.array([-1, 1], np.int8), n)
+    signs[random.random(n) >= density] = 0
+    return signs
+
+
+def check_ternary(backend, guarded, plane, head, slots, n, expected):
+    """``expected``: the vector, or None where the plane is not sound."""
+    mask, signs = (guarded(-(-n // 8), torch.uint8) for _ in range(2))
+    status = guarded(1, torch.int32).zero_()
+    backend.unpack_ternary(placed(plane), head, slots.to(DEVICE), n, mask, signs, status)
+    assert status.item() == (expected is None)
+    if expected is not None:
+        unpacked = np.concatenate([mask.cpu().numpy(), signs.cpu().numpy()])
+        assert unpacked.tobytes() == ternary.raw(expected)
+    guarded.check()
+
+
+@pytest.mark.parametrize("n, density", [(0, 0), (1, 0), (1, 1), (7, 0.5), (9, 1), (1000, 0.02),
+                                        (1003, 0.3), (399, 0.9), (200001, 0.001)])  # fmt: skip
+def test_unpack_ternary(backend, guarded, n, density):
+    signs = ternary_vector(n, density, np.random.default_rng(n))
+    plane = np.frombuffer(ternary.code(signs), np.uint8)
+    check_ternary(backend, guarded, plane, *slots_of(plane, n), n, signs)
+
+
+def test_unpack_ternary_of_several_blocks(backend, guarded, short_blocks):
+    block = ternary.BLOCK
+    n = 4 * block + 77
+    signs = np.zeros(n, np.int8)
+    random = np.random.default_rng(0)
+    signs[:100] = ternary_vector(100, 0.3, random)
+    signs[block - 1] = -1
+    signs[block : 2 * block : block // 9] = 1
+    signs[4 * block + 40 :] = ternary_vector(37, 0.3, random)
+    plane = np.frombuffer(ternary.code(signs), np.uint8)
+    head, slots = slots_of(plane, n)
+    check_ternary(backend, guarded, plane, head, slots, n, signs)
+    check_ternary(backend, guarded, plane[:-1], head, slots, n, None)
+    for k in range(5):  # ends before its beginning, or behind the plane
+        for byte, value in [(0, 0), (3, 1), (7, 0xFF)]:
+            damaged = plane.copy()
+            damaged[8 * k + byte] = value
+            found = ternary_or_none(damaged, n)
+            check_ternary(backend, guarded, damaged, head, slots, n, found)
+
+
+def ternary_or_none(plane, n):
+    try:
+        return ternary.decode(plane.tobytes(), n)
+    except FormatError:
+        return None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unsound_ternary_planes(backend, guarded, seed):
+    random, n = np.random.default_rng(seed), 71
+    signs = ternary_vector(n, [0.2, 0.4, 0.9][seed], random)
+    plane = np.frombuffer(ternary.code(signs), np.uint8)
+    head, slots = slots_of(plane, n)
+    refused = 0
+    for at in [*range(head, head + 16), *random.integers(head + 16, plane.size, 8).tolist()]:
+        damaged = plane.copy()
+        damaged[at] ^= 1 << random.integers(8)
+        found = ternary_or_none(damaged, n)
+        refused += found is None
+        check_ternary(backend, guarded, damaged, head, slots, n, found)
+    assert refused > 8
+    for size in range(head, plane.size, 7):
+        short = plane[:size].copy()
+        short[:8] = np.array([size - head], np.uint64).view(np.uint8)
+        check_ternary(backend, guarded, short, head, slots, n, ternary_or_none(short, n))
+
+
+def float32_shared(shared, scales):
+    if scales is None:
+        return shared.float().numpy()
+    return shared.numpy().astype(np.float32) * np.repeat(scales.numpy(), 128)[: shared.numel()]
+
+
+def check_mask(backend, guarded, plane, n, shared, scales, expected):
+    mask, status = guarded(-(-n // 8), torch.uint8), guarded(1, torch.int32).zero_()
+    scales = None if scales is None else at_offset(scales, 1)
+    backend.unpack_mask(placed(plane), n, at_offset(shared, 1), scales, mask, status)
+    assert status.item() == (expected is None)
+    if expected is not None:
+        assert mask.cpu().numpy().tobytes() == np.packbits(expected, bitorder="little").tobytes()
+    guarded.check()
+
+
+def mask_of(s, random):
+    """Bits that are likelier where s is large; never where it is 0."""
+    return (np.abs(s) * random.random(s.size) > 0.008) & (s != 0)
+
+
+def mask_or_none(plane, s):
+    try:
+        return conditional.decode(plane.tobytes(), s)
+    except FormatError:
+        return None
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 130, 1000])
+@pytest.mark.parametrize("shared", [*FLOATS, "int8"])
+def test_unpack_mask(backend, guarded, shared, n):
+    random = np.random.default_rng(n)
+    stored, scales = shared_of(n, 0, shared, random)
+    if shared != "int8":
+        stored[~stored.isfinite()] = 0
+    s = float32_shared(stored, scales)
+    mask = mask_of(s, random)
+    mask[64:128] = False
+    plane = np.frombuffer(conditional.code(mask, s), np.uint8)
+    check_mask(backend, guarded, plane, n, stored, scales, mask)
+
+
+def test_unpack_mask_of_several_blocks(backend, guarded, short_blocks):
+    block = conditional.BLOCK
+    n = 3 * block + 77
+    random = np.random.default_rng(0)
+    s = (random.standard_normal(n) * 0.02).astype(np.float32)
+    mask = np.zeros(n, bool)
+    for at in (100, block - 70, 3 * block):
+        mask[at : at + 130] = mask_of(s[at : at + 130], random)
+    plane = np.frombuffer(conditional.code(mask, s), np.uint8)
+    shared = torch.from_numpy(s)
+    check_mask(backend, guarded, plane, n, shared, None, mask)
+    check_mask(backend, guarded, plane[:-1], n, shared, None, None)
+    check_mask(backend, guarded, plane[:31], n, shared, None, None)
+    for k in range(4):
+        for byte, value in [(0, 0), (3, 1), (7, 0xFF)]:
+            damaged = plane.copy()
+            damaged[8 * k + byte] = value
+            found = mask_or_none(damaged, s)
+            check_mask(backend, guarded, damaged, n, shared, None, found)
+
+
+def test_unpack_the_last_of_long_blocks(backend, guarded):
+    n = 2 * conditional.BLOCK + 77
+    random = np.random.default_rng(0)
+    stored, scales = shared_of(n, 0, "int8", random)
+    s = float32_shared(stored, scales)
+    mask, signs = np.zeros(n, bool), np.zeros(n, np.int8)
+    mask[-70:] = mask_of(s[-70:], random)
+    signs[-70:] = ternary_vector(70, 0.3, random)
+    plane = np.frombuffer(conditional.code(mask, s), np.uint8)
+    check_mask(backend, guarded, plane, n, stored, scales, mask)
+    plane = np.frombuffer(ternary.code(signs), np.uint8)
+    check_ternary(backend, guarded, plane, *slots_of(plane, n), n, signs)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_unsound_masks(backend, guarded, seed):
+    random, n = np.random.default_rng(seed), 130
+    shared = values(n, "bfloat16", random)  # with NaN, which no writer stores
+    s = shared.float().numpy()
+    mask = mask_of(s, random) & np.isfinite(s)
+    plane = np.frombuffer(conditional.code(mask, np.where(np.isnan(s), 0, s)), np.uint8)
+    refused = 0
+    for at in [*range(20), *random.integers(20, plane.size, 16).tolist()]:
+        damaged = plane.copy()
+        damaged[at] ^= 1 << random.integers(8)
+        found = mask_or_none(damaged, s)
+        refused += found is None
+        check_mask(backend, guarded, damaged, n, shared, None, found)
+    assert refused > 20
+    for size in range(8, plane.size, 31):
+        short = plane[:size].copy()
+        short[:8] = np.array([size - 8], np.uint64).view(np.uint8)
+        check_mask(backend, guarded, short, n, shared, None, mask_or_none(short, s))
