@@ -15,6 +15,7 @@ except ImportError as error:
         "from another folder, or `pip install -e .`"
     ) from error
 from . import errors, hf, vllm
+from .backends import BackendInfo, backends
 from .encoding import encode
 from .errors import TallcodecError
 from .file import File, Loaded, open, verify
@@ -32,7 +33,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics", "Switcher",
-    "TallcodecError", "TaskInfo", "Verification", "__version__", "encode", "errors", "hf", "merge",
-    "open", "stats", "verify", "vllm",
+    "BackendInfo", "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics",
+    "Switcher", "TallcodecError", "TaskInfo", "Verification", "__version__", "backends", "encode",
+    "errors", "hf", "merge", "open", "stats", "verify", "vllm",
 ]  # fmt: skip

@@ -16,8 +16,8 @@ LANES = 16
 
 
 class Block(NamedTuple):
-    """Elements of one tensor, on a device. As csrc/kernels.h has it: ``base`` and ``out`` begin with
-    the first of ``n`` elements, as ``shared`` does where it has one value per element; what is
+    """Elements of one tensor, on a device. As csrc/kernels.h has it: ``base`` and ``out`` begin
+    with the first of ``n`` elements, as ``shared`` does where it has one value per element; what is
     packed, and ``scales``, begin ``phase`` < 128 elements before.
 
     All are one-dimensional, contiguous torch tensors of one device: values in float32, float16 or
@@ -68,8 +68,8 @@ class Backend(Protocol):
         other than the base's."""
 
     def sums(self, block: Block, task: Any) -> Any:
-        """(⌈n / UNIT⌉, 3, LANES) float64: Σ τ², Σ τ·m·s, Σ (m·s)² of each unit's elements of a lane,
-        added in order; ``scale`` does not count. As csrc/kernels.h's Sums."""
+        """(⌈n / UNIT⌉, 3, LANES) float64: Σ τ², Σ τ·m·s, Σ (m·s)² of each unit's elements of a
+        lane, added in order; ``scale`` does not count. As csrc/kernels.h's Sums."""
 
     def agreement(self, masks: Sequence[Any], n: int) -> Any:
         """(masks + 1,) int64: on how many of n elements exactly k masks are set."""

@@ -11,6 +11,35 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def ways():
+    """The back-ends that decode to a torch device here, and the device's type."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    if torch.cuda.is_available():
+        return [("cuda", "cuda"), ("triton", "cuda"), ("cuda-host", "cpu")]
+    return [("cuda-host", "cpu"), ("triton", "cpu")]
+
+
+@pytest.fixture(params=ways(), ids="-".join)
+def device(request, monkeypatch):
+    """A device, once for each back-end that decodes to it, which is forced."""
+    backend, device = request.param
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("TALLCODEC_BACKEND", backend)
+    return device
+
+
+@pytest.fixture(params=[("cpu", "cpu"), *ways()], ids="-".join)
+def anywhere(request, monkeypatch):
+    """The same, and the CPU with the core."""
+    backend, device = request.param
+    monkeypatch.setenv("TALLCODEC_BACKEND", backend)
+    return device
+
+
 @pytest.fixture
 def encode(tmp_path):
     """encode(base, tasks, **options) -> the path of a new .tall file."""

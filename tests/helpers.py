@@ -78,7 +78,7 @@ def to_numpy(tensor):
     name = str(tensor.dtype).removeprefix("torch.")
     dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().view(dtype).reshape(tuple(tensor.shape))
+    return flat.cpu().numpy().view(dtype).reshape(tuple(tensor.shape))
 
 
 def torch_state(state):

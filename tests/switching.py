@@ -57,7 +57,7 @@ def assert_on(model, path, task, base=None):
         expected = file.decode(task)
     state = model if isinstance(model, dict) else model.state_dict()
     for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), (task, name)
+        assert torch.equal(state[name].cpu(), tensor), (task, name)
 
 
 def fail_after(switcher, monkeypatch, writes, times=1):

@@ -14,6 +14,14 @@ from safetensors.torch import save_file  # noqa: E402
 
 from switching import TASKS, WAIT, assert_on, encode_net, fail_after, pause, start, tuned  # noqa: E402
 
+pytestmark = [pytest.mark.usefixtures("anywhere"),
+              pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # fmt: skip
+
+
+@pytest.fixture
+def net(net, anywhere):
+    return net.to(anywhere)
+
 
 def damage(path, kind):
     """The bytes of the file with a flipped bit in the first plane of a kind."""
@@ -82,16 +90,16 @@ def test_a_failure_that_cannot_be_undone_is_said_and_healed(net, path, monkeypat
             assert_on(net, path, task)
 
 
-def test_nobody_uses_a_model_in_between_tasks(net, path, monkeypatch):
+def test_nobody_uses_a_model_in_between_tasks(net, path, monkeypatch, anywhere):
     with Switcher(net, path, task="cars") as switcher:
         fail_after(switcher, monkeypatch, 2, times=2)
         with pytest.raises(errors.SwitchError, match="could not be put back"):
             switcher.switch("dtd")
         with pytest.raises(errors.SwitchError, match="in between tasks, since a switch failed"):
-            net(torch.ones(1, 12))
+            net(torch.ones(1, 12, device=anywhere))
         with switcher.task("cars"):  # is written again
             assert_on(net, path, "cars")
-            net(torch.ones(1, 12))
+            net(torch.ones(1, 12, device=anywhere))
 
 
 def test_what_was_changed_in_place_is_not_put_back(net, path, monkeypatch):
