@@ -137,7 +137,8 @@ def _decode_block(block, slots, shares, out):
         used += extra
         _check(position < out.size)
         out[position] = -1 if block[signs_at + i // 8] >> i % 8 & 1 else 1
-    _check(states == [LEAST, LEAST] and next(words, None) is None)
+    left = 8 * (signs_at - extras_at) - used
+    _check(states == [LEAST, LEAST] and next(words, None) is None and 0 <= left < 8)
     _check(0 <= 8 * (signs_at - extras_at) - used < 8)
 
 
