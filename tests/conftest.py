@@ -1,9 +1,13 @@
 """Fixtures that several test files share."""
 
+import os
+
 import pytest
 
 import tallcodec
 from helpers import small_family, write_safetensors
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 
 
 @pytest.fixture
