@@ -3,7 +3,7 @@
     weight = TaskWeight(base, [TaskPlanes(mask, scale=g), ...], shared)
     y = matmul(x, weight, task_of_row)
 
-Many fine-tuned tasks are served from one resident base: no weight but the base is ever in memory.
+Many fine-tuned tasks are served from one resident base: no task's weight is ever in memory.
 What is multiplied has the bits that decoding the task gives; products are summed in float32.
 """
 
@@ -57,7 +57,8 @@ class TaskWeight:
         self._signs = None
         if any(task.signs is not None for task in tasks):
             self._signs = _addresses([task.signs for task in tasks], device)
-        self._gains = torch.tensor([task.scale for task in tasks], device=device)
+        self._gains = torch.tensor(
+            [task.scale for task in tasks], dtype=torch.float32, device=device)
         self._by_row = any(task.row_scales is not None for task in tasks)
         if self._by_row:
             self._gains = self._gains[:, None].repeat(1, len(self.base))
@@ -67,11 +68,15 @@ class TaskWeight:
 
     def _check(self) -> None:
         base, shared, scales = self.base, self.shared, self.scales
-        if base.dim() != 2 or base.dtype not in DTYPES or not base.is_contiguous():
+        if base.dim() != 2 or base.dtype not in DTYPES or not (
+                base.is_contiguous() and base.numel()):
             raise TensorMismatchError(
-                f"base: expected a contiguous float32, float16 or bfloat16 matrix, found "
-                f"{_described(base)}")
+                f"base: expected a contiguous float32, float16 or bfloat16 matrix that is not "
+                f"empty, found {_described(base)}")
         n, device = base.numel(), base.device
+        if device.type != "cuda" and not INTERPRETED:
+            raise ArgumentError(f"base: expected on a GPU, found on {device} (which Triton's "
+                                "interpreter alone can use: TRITON_INTERPRET=1)")
         planes = -(-n // 8), torch.uint8, device
         if shared is not None:
             if shared.dtype not in (*DTYPES, torch.int8):
@@ -83,6 +88,9 @@ class TaskWeight:
         if scales is not None:
             _expect("scales", scales, -(-n // SCALE_BLOCK), torch.float32, device)
         for number, task in enumerate(self.tasks):
+            if task.row_scales is not None:
+                _expect(f"task {number}: row_scales", task.row_scales, len(base), torch.float32,
+                        device)
             if task.mask is None:
                 if task.signs is not None:
                     raise ArgumentError(f"task {number}: signs without a mask")
@@ -92,9 +100,6 @@ class TaskWeight:
                 _expect(f"task {number}: signs", task.signs, *planes)
             elif shared is None:
                 raise ArgumentError(f"task {number}: a mask without signs needs a shared vector")
-            if task.row_scales is not None:
-                _expect(f"task {number}: row_scales", task.row_scales, len(base), torch.float32,
-                        device)
 
 
 def matmul(x, weight: TaskWeight, task_of_row, bias=None, out=None):
@@ -114,7 +119,7 @@ def matmul(x, weight: TaskWeight, task_of_row, bias=None, out=None):
     if x.dim() == 0 or x.shape[-1] != inner or x.dtype != base.dtype or x.device != base.device:
         raise TensorMismatchError(
             f"x: expected (…, {inner}) {base.dtype} on {base.device}, found {_described(x)}")
-    rows = x.numel() // inner if inner else x.shape[:-1].numel()
+    rows = x.numel() // inner
     _check_tasks(task_of_row, rows, len(weight.tasks), base.device)
     if bias is not None:
         _expect("bias", bias, columns, base.dtype, base.device)
@@ -125,7 +130,7 @@ def matmul(x, weight: TaskWeight, task_of_row, bias=None, out=None):
             not out.is_contiguous()):
         raise TensorMismatchError(
             f"out: expected contiguous {shape} {x.dtype} on {x.device}, found {_described(out)}")
-    if rows and columns:
+    if rows:
         x = x.reshape(rows, inner)
         if x.stride(1) != 1:
             x = x.contiguous()
@@ -255,7 +260,7 @@ def _launch(x, weight, task_of_row, bias, out, rows) -> None:
         order = torch.empty(rows, dtype=torch.int32, device=x.device)
         bounds = torch.empty(tasks + 1, 2, dtype=torch.int32, device=x.device)
         group_kernel[(tasks + 1,)](task_of_row, order, bounds, rows, tasks, BLOCK=1024)
-        row_tiles += tasks  # each task's last may be partly filled
+        row_tiles += min(tasks, rows)  # each task's last may be partly filled
 
     column_tiles, steps = triton.cdiv(columns, tiles.n), triton.cdiv(inner, tiles.k)
     splits = tiles.programs * _processors(x.device) // (triton.cdiv(rows, tiles.m) * column_tiles)
@@ -335,7 +340,7 @@ def decoded(base, s, mask, sign, signs, gains, task, n, columns, bit,
     if s is None:
         return base
     if BY_ROW:
-        gain = tl.load(gains + task * columns.to(tl.int64) + n, mask=n < columns, other=0)[:, None]
+        gain = tl.load(gains + task.to(tl.int64) * columns + n, mask=n < columns, other=0)[:, None]
     else:
         gain = tl.load(gains + task)
     active = (spread(mask.to(tl.int32), N, K, GROUP) >> bit) & 1 != 0
@@ -364,7 +369,7 @@ def group_kernel(task_of_row, order, bounds, rows, tasks, BLOCK: tl.constexpr):
     """``order``: the rows sorted by task; ``bounds`` (tasks + 1, 2): where each task's begin and
     end."""
     task = tl.program_id(0)
-    first = tl.zeros((), tl.int32)
+    first = 0
     for start in range(0, rows, BLOCK):
         other = tasks_at(task_of_row, start + tl.arange(0, BLOCK), rows, tasks)
         first += tl.sum((other < task).to(tl.int32))

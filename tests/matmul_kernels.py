@@ -66,6 +66,9 @@ def cases():
     yield matmul_case("many f16 f16", 1024, 9, f16, f16)
     for rows, tasks, n in [("one", 1, 1), ("few", 9, 32), ("many", 9, 1024)]:
         yield matmul_case(f"odd {rows} bf16 int8", n, tasks, bf16, i8, group=1)
+    odd = matmul_case("odd column", 1, 1, bf16, i8, by_row=True)
+    ones = {"columns": 1, "groups": 1, "x_stride": 1}  # Triton makes constants of them
+    yield odd._replace(constexprs=odd.constexprs | ones)
     yield Case("sum", mt.sum_kernel, {"parts": "*fp32", "bias": "*bf16", "out": "*bf16",
                                       "columns": "i32", "splits": "i32"}, {"BLOCK": 512}, {})
     yield Case("group", mt.group_kernel, {"task_of_row": "*i64", "order": "*i32", "bounds": "*i32",
@@ -74,13 +77,13 @@ def cases():
 
 def compile_case(case, architecture):
     names = case.kernel.arg_names
-    missing = {name: None for name, kind in case.signature.items() if kind is None}
-    signature = {name: case.signature.get(name) or "constexpr" for name in names}
+    constants = {name: None for name, kind in case.signature.items() if kind is None}
+    constants |= case.constexprs
+    signature = {name: "constexpr" if name in constants else case.signature[name] for name in names}
     known = () if case.name.startswith("odd") else ARGUMENTS
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                   if signature[name][0] == "*" or name in known}
-    constexprs = {(names.index(name),): value
-                  for name, value in (missing | case.constexprs).items()}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(case.kernel, signature, constexprs, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
 

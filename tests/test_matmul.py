@@ -245,7 +245,7 @@ def test_weights_that_do_not_fit():
     planes = mt.TaskPlanes(mask)
     mt.TaskWeight(base, [planes], shared.view(4, 6))
     for arguments in [
-        (base.view(-1), []), (base.T, []), (base.long(), []),
+        (base.view(-1), []), (base.T, []), (base.long(), []), (base[:0], []),
         (base, [planes], shared[:-1]), (base, [planes], shared.double()),
         (base, [planes], shared.to(torch.int8), torch.ones(2)),
         (base, [mt.TaskPlanes(mask[:-1])], shared), (base, [mt.TaskPlanes(mask.int())], shared),
