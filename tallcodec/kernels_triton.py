@@ -504,7 +504,7 @@ def ternary_block(data, size, slots, n, mask, signs):
     return sound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "head", "blocks", "n"])
 def unpack_ternary_kernel(
     plane, size, head, blocks, slots, n, mask, signs, status, BLOCK: tl.constexpr
 ):
@@ -534,8 +534,9 @@ def popcount16(x):
 @triton.jit
 def take_bits(state, f, data, word, words):
     """(states, bits, next word): takes a bit off every state, in order. A frequency of 0 leaves a
-    state as it is."""
-    lane = tl.arange(0, 16)
+    state as it is. Behind the 16 states there are 16 that have none: a whole warp adds up in one
+    instruction."""
+    lane = tl.arange(0, 32) % 16
     slot = state & 4095
     one = slot < f
     x = tl.where(one, f * (state >> 12) + slot, (4096 - f) * (state >> 12) + slot - f)
@@ -564,28 +565,35 @@ def mask_block(data, size, shared, scales, n, mask):
         context = tl.arange(0, 512)
         sound &= tl.max(read(table + 2 * context, sound & (context < used), 2), axis=0) <= 4096
 
-        lane = tl.arange(0, 16)
-        state = read(table + 2 * used + 4 * lane, sound & (lane >= 0), 4).to(tl.uint32)
+        lane = tl.arange(0, 32)
+        state = read(table + 2 * used + 4 * lane, sound & (lane < 16), 4).to(tl.uint32)
+        state = tl.where(lane < 16, state, 65536)
         sound &= tl.min(state, axis=0) >= 65536
         data += 12 + 2 * used + 64
         word = tl.full((), 0, tl.int64)
         flag = tl.full((), 1, tl.uint32)
         groups = tl.where(sound, (n + 63) // 64, 0)
+        step = tl.arange(0, 4)[:, None]
+        place = tl.where(lane[None, :] < 16, 16 * step + lane[None, :], n)
+        ahead = load(shared + place, place < n)
         for group in range(0, groups):
+            if scales is None:
+                s = to_f32(ahead)
+            else:
+                s = dequantise(ahead, tl.load(scales + group // 2))
+            place += 64
+            ahead = load(shared + place, place < n)  # arrives while this group is decoded
             f = tl.where(lane == 0, tl.where(flag != 0, after_some, after_none), 0)
             state, flag, word = take_bits(state, f, data, word, words)
             if flag != 0:
+                rank = mask_context(s) - first
+                known = (rank >= 0) & (rank < used)
+                frequency = read(table + 2 * rank, known, 2).to(tl.uint32)
                 octets = tl.full((), 0, tl.int64)
-                for step in tl.static_range(4):
-                    i = 64 * group + 16 * step + lane
-                    if scales is None:
-                        s = load_f32(shared + i, i < n)
-                    else:
-                        s = dequantise(load(shared + i, i < n), tl.load(scales + group // 2))
-                    rank = mask_context(s) - first
-                    f = read(table + 2 * rank, (rank >= 0) & (rank < used), 2).to(tl.uint32)
+                for k in tl.static_range(4):
+                    f = tl.sum(tl.where(step == k, frequency, 0), axis=0)
                     state, ones, word = take_bits(state, f, data, word, words)
-                    octets |= ones.to(tl.int64) << 16 * step
+                    octets |= ones.to(tl.int64) << 16 * k
                 byte = 8 * group + tl.arange(0, 8)
                 octet = (octets >> 8 * tl.arange(0, 8)).to(tl.uint8)
                 tl.store(mask + byte, octet, mask=8 * byte < n)
@@ -593,7 +601,7 @@ def mask_block(data, size, shared, scales, n, mask):
     return sound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks", "n"])
 def unpack_mask_kernel(
     plane, size, blocks, shared, scales, n, mask, status, BLOCK: tl.constexpr
 ):
