@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -85,18 +86,24 @@ void decode(const Queue& queue, const py::list& tuples) {
   queue(&GpuKernels::decode, first, uint64_t{blocks.size()});
 }
 
-// The bytes of a table of tasks, to be copied to the device: values, mask, threshold, type of each.
-py::bytes task_table(const py::list& tuples) {
+// Of values, mask, threshold and type of each.
+std::vector<GpuTask> tasks_of(const py::list& tuples) {
   std::vector<GpuTask> tasks;
   for (const py::handle& item : tuples) {
     const auto t = item.cast<py::tuple>();
     tasks.push_back({at<void>(t[0]), at<uint8_t>(t[1]), t[2].cast<float>(), DType(t[3].cast<int>())});
   }
+  return tasks;
+}
+
+// The bytes of a table of tasks, to be copied to the device.
+py::bytes task_table(const py::list& tuples) {
+  const std::vector<GpuTask> tasks = tasks_of(tuples);
   return {reinterpret_cast<const char*>(tasks.data()), tasks.size() * sizeof(GpuTask)};
 }
 
 void encode(const Queue& queue, uint64_t n, Address base, int base_dtype, int shared_dtype, int rule, bool aligned,
-            uint32_t tasks, Address table, Address merged, Address shared, Address scales, Address set_bits,
+            const py::list& tasks, Address table, Address merged, Address shared, Address scales, Address set_bits,
             Address published_bits, Address agreement, Address nonfinite) {
   GpuEncode e{};
   e.n = n;
@@ -105,7 +112,9 @@ void encode(const Queue& queue, uint64_t n, Address base, int base_dtype, int sh
   e.shared_dtype = DType(shared_dtype);
   e.rule = MaskRule(rule);
   e.aligned = aligned;
-  e.tasks = tasks;
+  const std::vector<GpuTask> all = tasks_of(tasks);
+  e.tasks = uint32_t(all.size());
+  std::copy_n(all.begin(), std::min<size_t>(all.size(), kGpuHeld), e.held);
   e.task = reinterpret_cast<const GpuTask*>(table);
   e.merged = reinterpret_cast<const float*>(merged);
   e.shared = reinterpret_cast<void*>(shared);

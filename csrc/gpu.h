@@ -25,15 +25,18 @@ struct GpuTask {
   DType dtype;
 };
 
+constexpr uint32_t kGpuHeld = 8;  // tasks whose elements an encoding loads once
+
 // An EncodeBlock without the float64 statistics, which `sums` adds up.
 struct GpuEncode {
-  uint64_t n;
+  uint64_t first, n;     // elements first .. n; `first` begins a scale's block
   const void* base;
   DType base_dtype, shared_dtype;
   MaskRule rule;
   bool aligned;          // base, tasks, merged and shared are of one type each and lie at multiples of 16 bytes
   uint32_t tasks;
-  const GpuTask* task;   // [tasks]
+  GpuTask held[kGpuHeld];  // the first tasks, here
+  const GpuTask* task;   // [tasks] all of them, on the device
   const float* merged;   // [n], or null
   void* shared;          // out
   float* shared_scales;  // out, I8 only

@@ -8,6 +8,7 @@
 
 #define TALLCODEC_GPU __device__ __forceinline__
 #define TALLCODEC_UNROLL _Pragma("unroll")
+#define TALLCODEC_UNROLL_BY_4 _Pragma("unroll 4")
 
 namespace tallcodec {
 namespace {

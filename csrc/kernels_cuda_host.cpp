@@ -10,6 +10,7 @@
 
 #define TALLCODEC_GPU inline
 #define TALLCODEC_UNROLL
+#define TALLCODEC_UNROLL_BY_4
 
 namespace tallcodec {
 namespace {

@@ -47,13 +47,14 @@ class CudaBackend:
         aligned = all(t.dtype == base.dtype for t in tasks) and all(
             t.data_ptr() % _VECTOR == 0 for t in loaded
         )
-        table = self._table(base, _core.gpu.task_table([
+        listed = [
             (task.data_ptr(), mask.data_ptr(), threshold, _DTYPES[task.dtype])
             for task, mask, threshold in zip(tasks, masks, thresholds)
-        ]))  # fmt: skip
+        ]
+        table = self._table(base, _core.gpu.task_table(listed))
         self._queue(base).encode(
             n, base.data_ptr(), _DTYPES[base.dtype], _DTYPES[shared_dtype], _RULES[rule], aligned,
-            count, table.data_ptr(), _address(merged), shared.data_ptr(), _address(scales),
+            listed, table.data_ptr(), _address(merged), shared.data_ptr(), _address(scales),
             set_bits.data_ptr(), published_bits.data_ptr(), agreement.data_ptr(),
             nonfinite.data_ptr(),
         )  # fmt: skip

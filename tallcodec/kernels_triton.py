@@ -9,10 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .backends import Block
+from .backends import LANES, UNIT, Block, Encoded
 
-BLOCK = 1024  # elements per program of what reads tensors
+BLOCK = 1024  # elements per program of what reads tensors, a multiple of 128
+OVERLAP_BYTES = 4096  # of a mask per program that compares masks
 TERNARY_BLOCK, MASK_BLOCK = 262144, 524288  # elements of coded planes that decode alone
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TRITON_DTYPES = dict(zip(DTYPES, [tl.float32, tl.float16, tl.bfloat16]))
+MAX_F16, MAX_BF16 = tl.constexpr(65504.0), tl.constexpr(float.fromhex("0x1.fep127"))
+TO_INTEGER = tl.constexpr(float.fromhex("0x1.8p23"))  # pushes the fraction out
 
 # Loads and stores. An ``inside`` of None is a whole tile, which needs no asking: the compiler then
 # moves 16 bytes at a time.
@@ -27,14 +33,18 @@ def load(pointers, inside):
 
 
 @triton.jit
-def load_f32(pointers, inside):
-    x = load(pointers, inside)
+def to_f32(x):
     if x.dtype == tl.bfloat16:
         return bf16_to_f32(x.to(tl.uint16, bitcast=True))
     elif x.dtype == tl.float16:
         return f16_to_f32(x.to(tl.uint16, bitcast=True))
     else:
         return x
+
+
+@triton.jit
+def load_f32(pointers, inside):
+    return to_f32(load(pointers, inside))
 
 
 @triton.jit
@@ -78,8 +88,50 @@ def f32_to_f16(x):
 
 
 @triton.jit
+def is_finite(x):
+    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+
+
+@triton.jit
+def shared_value(sum):
+    return tl.where(is_finite(sum), sum, 0.0)
+
+
+@triton.jit
+def clamp_to(x, limit: tl.constexpr):
+    return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
+
+
+@triton.jit
+def int8_scale(absmax):
+    return tl.div_rn(absmax, 127.0)
+
+
+@triton.jit
+def quantise(s, scale):
+    q = tl.div_rn(s, tl.where(scale == 0, 1.0, scale))
+    q = clamp_to((q + TO_INTEGER) - TO_INTEGER, 127.0)
+    return tl.where(scale == 0, 0.0, q).to(tl.int8)
+
+
+@triton.jit
 def dequantise(q, scale):
     return q.to(tl.float32) * scale
+
+
+@triton.jit
+def is_active(base, task, s, threshold):
+    return tl.abs(base - task) > threshold * tl.abs((base + s) - task)
+
+
+@triton.jit
+def follows(tau, s, factor):
+    return tl.abs(tau) > tl.abs(factor * s - tau)
+
+
+@triton.jit
+def is_large(base, task, threshold):
+    return tl.abs(task - base) > threshold
 
 
 @triton.jit
@@ -92,20 +144,23 @@ def decoded(base, s, scale, active):
 
 
 @triton.jit
-def bits_of(packed, group, inside):
-    """The bits of bytes, a row for each."""
-    octet = load(packed + group, inside).to(tl.int32)
-    return (octet[:, None] >> tl.arange(0, 8)[None, :] & 1) != 0
+def bits_of(packed, byte, bit, inside):
+    return (load(packed + byte, inside).to(tl.int32) >> bit & 1) != 0
 
 
 @triton.jit
-def load_shared(shared, scales, i, inside, group, group_inside):
+def pack(active):
+    return tl.sum(active.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
+
+
+@triton.jit
+def load_shared(shared, scales, i, inside, byte, bit, byte_inside):
+    """s of elements i, whose bits are these of these bytes of what is packed."""
     dtype: tl.constexpr = shared.dtype.element_ty
     if dtype == tl.uint8:
-        return tl.where(bits_of(shared, group, group_inside), -1.0, 1.0)
+        return tl.where(bits_of(shared, byte, bit, byte_inside), -1.0, 1.0)
     elif dtype == tl.int8:
-        scale = load(scales + group // 16, group_inside)
-        return dequantise(load(shared + i, inside), scale[:, None])
+        return dequantise(load(shared + i, inside), load(scales + byte // 16, byte_inside))
     else:
         return load_f32(shared + i, inside)
 
@@ -126,28 +181,29 @@ def decode_tile(
     BLOCK: tl.constexpr, ALIGNED_ROWS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * (BLOCK // 8)
-    group = start + tl.arange(0, BLOCK // 8)
-    begin = 8 * group - lead
-    i = begin[:, None] + tl.arange(0, 8)[None, :]
+    row = start + tl.arange(0, BLOCK // 8)[:, None]
+    bit = tl.arange(0, 8)[None, :]
+    begin = 8 * row - lead
+    i = begin + bit
     if WHOLE:
         inside = None
-        group_inside = None
+        row_inside = None
     else:
         inside = (i >= 0) & (i < n)
-        group_inside = begin < n
+        row_inside = begin < n
     x = load_f32(base + i, inside)
     if mask is not None:
-        s = load_shared(shared, scales, i, inside, first + group, group_inside)
+        s = load_shared(shared, scales, i, inside, first + row, bit, row_inside)
         if row_scales is None:
             g = scale.to(tl.float32, bitcast=True)
         else:
             from_element = tl.maximum(8 * start - lead, 0)
             if ALIGNED_ROWS:
-                row = row_of(begin, from_element, row_length, BLOCK)
-                g = load(row_scales + row, group_inside)[:, None]
+                at = row_of(begin, from_element, row_length, BLOCK)
+                g = load(row_scales + at, row_inside)
             else:
                 g = load(row_scales + row_of(i, from_element, row_length, BLOCK), inside)
-        x = decoded(x, s, g, bits_of(mask, first + group, group_inside))
+        x = decoded(x, s, g, bits_of(mask, first + row, bit, row_inside))
     tl.store(out + i, round_to(x, out.dtype.element_ty), mask=inside)
 
 
@@ -163,6 +219,209 @@ def decode_kernel(
     else:
         decode_tile(base, out, mask, shared, scales, scale, row_scales, row_length, n, first, lead,
                     BLOCK, ALIGNED_ROWS, False)  # fmt: skip
+
+
+@triton.jit
+def store_shared(shared, scales, s, i, inside, n, BLOCK: tl.constexpr):
+    """Stores a tile of sums as the shared vector's type: what a decoder will see."""
+    dtype: tl.constexpr = shared.dtype.element_ty
+    if dtype == tl.int8:
+        absmax = tl.reshape(tl.max(tl.abs(s), axis=1), (BLOCK // 128, 16))
+        scale = int8_scale(tl.max(absmax, axis=1))
+        at = tl.program_id(0).to(tl.int64) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+        tl.store(scales + at, scale, mask=128 * at < n)
+        scale = tl.broadcast_to(scale[:, None], (BLOCK // 128, 16))
+        scale = tl.reshape(scale, (BLOCK // 8,))[:, None]
+        q = quantise(s, scale)
+        tl.store(shared + i, q, mask=inside)
+        return dequantise(q, scale)
+    else:
+        if dtype == tl.float16:
+            s = clamp_to(s, MAX_F16)
+        elif dtype == tl.bfloat16:
+            s = clamp_to(s, MAX_BF16)
+        stored = round_to(s, dtype)
+        tl.store(shared + i, stored, mask=inside)
+        return to_f32(stored)
+
+
+# Tasks are a table, a line of three numbers for each: the address, the number of the dtype, the
+# bits of the threshold.
+
+
+@triton.jit
+def load_at(address, i, inside, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return load_f32(pointer + i, inside)
+
+
+@triton.jit
+def load_task(tasks, k, i, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(tasks + 3 * k)
+    if DTYPE is not None:
+        return load_at(address, i, inside, DTYPE, ALIGNED)
+    else:
+        dtype = tl.load(tasks + 3 * k + 1)
+        if dtype == 0:
+            t = load_at(address, i, inside, tl.float32, ALIGNED)
+        elif dtype == 1:
+            t = load_at(address, i, inside, tl.float16, ALIGNED)
+        else:
+            t = load_at(address, i, inside, tl.bfloat16, ALIGNED)
+        return t
+
+
+@triton.jit
+def obeys(RULE: tl.constexpr, b, t, s, threshold):
+    if RULE == "published":
+        return is_active(b, t, s, threshold)
+    elif RULE == "magnitude":
+        return is_large(b, t, threshold)
+    else:
+        return follows(t - b, s, threshold)
+
+
+@triton.jit
+def add_agreement(agreement, active_tasks, inside, tasks, BINS: tl.constexpr):
+    """Counts the elements by how many tasks are active; what is outside is beyond all tasks."""
+    if inside is not None:
+        active_tasks = tl.where(inside, active_tasks, tasks + 1)
+    counts = tl.histogram(tl.reshape(active_tasks, (active_tasks.numel,)), BINS)
+    k = tl.arange(0, BINS)
+    tl.atomic_add(agreement + k, counts.to(tl.int64), mask=(k <= tasks) & (counts > 0),
+                  sem="relaxed")  # fmt: skip
+
+
+@triton.jit
+def encode_tile(
+    base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits, published_bits,
+    agreement, nonfinite, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    i = 8 * row[:, None] + tl.arange(0, 8)[None, :]
+    if WHOLE:
+        inside = None
+        row_inside = None
+    else:
+        inside = i < n
+        row_inside = 8 * row < n
+    b = load_f32(base + i, inside)
+    tl.store(nonfinite + count, 1, mask=tl.sum((is_finite(b) == 0).to(tl.int32)) > 0)
+    if merged is not None:
+        s = load(merged + i, inside)
+    else:
+        s = tl.zeros((BLOCK // 8, 8), tl.float32)
+        for k in range(count):
+            s += load_task(tasks, k, i, inside, DTYPE, ALIGNED) - b
+    s = store_shared(shared, scales, shared_value(s), i, inside, n, BLOCK)
+
+    active_tasks = tl.zeros((BLOCK // 8, 8), tl.int32)
+    for k in range(count):
+        t = load_task(tasks, k, i, inside, DTYPE, ALIGNED)
+        threshold = tl.load(tasks + 3 * k + 2).to(tl.int32).to(tl.float32, bitcast=True)
+        published = obeys(RULE, b, t, s, threshold)
+        if inside is not None:
+            published &= inside
+        active = published & (s != 0)
+        tl.store(masks + k * mask_stride + row, pack(active), mask=row_inside)
+        active_tasks += published.to(tl.int32)
+        # Three counts, 20 bits each.
+        counts = active.to(tl.int64) | published.to(tl.int64) << 20
+        counts = tl.sum(counts | (is_finite(t) == 0).to(tl.int64) << 40)
+        tl.atomic_add(set_bits + k, counts & 0xFFFFF, sem="relaxed")
+        tl.atomic_add(published_bits + k, counts >> 20 & 0xFFFFF, sem="relaxed")
+        tl.store(nonfinite + k, 1, mask=counts >> 40 > 0)
+    add_agreement(agreement, active_tasks, inside, count, BINS)
+
+
+@triton.jit(do_not_specialize=["count", "n"])
+def encode_kernel(
+    base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits, published_bits,
+    agreement, nonfinite, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= n:
+        encode_tile(base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits,
+                    published_bits, agreement, nonfinite, n, DTYPE, ALIGNED, RULE, BINS, BLOCK,
+                    True)  # fmt: skip
+    else:
+        encode_tile(base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits,
+                    published_bits, agreement, nonfinite, n, DTYPE, ALIGNED, RULE, BINS, BLOCK,
+                    False)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "phase"])
+def sums_kernel(base, task, mask, shared, scales, sums, n, phase, UNIT: tl.constexpr):
+    """A program for each unit, whose lanes add their elements in order."""
+    unit = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 16)
+    tau_sq = tl.zeros((16,), tl.float64)
+    dot = tau_sq
+    approx_sq = tau_sq
+    for step in tl.range(0, tl.cdiv(tl.minimum(n - unit * UNIT, UNIT), 16), loop_unroll_factor=8):
+        i = unit * UNIT + 16 * step + lane
+        inside = i < n
+        tau = (load_f32(task + i, inside) - load_f32(base + i, inside)).to(tl.float64)
+        tau_sq = tl.where(inside, tau_sq + tau * tau, tau_sq)
+        if mask is not None:
+            byte = (phase + i) // 8
+            bit = ((phase + i) % 8).to(tl.int32)
+            s = load_shared(shared, scales, i, inside, byte, bit, inside).to(tl.float64)
+            active = bits_of(mask, byte, bit, inside)
+            dot = tl.where(active, dot + tau * s, dot)
+            approx_sq = tl.where(active, approx_sq + s * s, approx_sq)
+    tl.store(sums + unit * 48 + lane, tau_sq)
+    tl.store(sums + unit * 48 + 16 + lane, dot)
+    tl.store(sums + unit * 48 + 32 + lane, approx_sq)
+
+
+# Masks are a table of addresses.
+
+
+@triton.jit
+def mask_at(masks, k):
+    return tl.load(masks + k).to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def count_masks(masks, count, n, BLOCK: tl.constexpr):
+    """(how many masks are set on each element of a tile, which are inside, the tile's bytes)."""
+    row = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    byte = row[:, None]
+    bit = tl.arange(0, 8)[None, :]
+    set_masks = tl.zeros((BLOCK // 8, 8), tl.int32)
+    for k in range(count):
+        set_masks += bits_of(mask_at(masks, k), byte, bit, 8 * byte < n).to(tl.int32)
+    return set_masks, 8 * byte + bit < n, row
+
+
+@triton.jit(do_not_specialize=["count", "n"])
+def agreement_kernel(masks, count, n, agreement, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    set_masks, inside, _ = count_masks(masks, count, n, BLOCK)
+    add_agreement(agreement, set_masks, inside, count, BINS)
+
+
+@triton.jit(do_not_specialize=["count", "n", "least"])
+def consensus_kernel(masks, count, n, least, out, BLOCK: tl.constexpr):
+    set_masks, inside, row = count_masks(masks, count, n, BLOCK)
+    tl.store(out + row, pack((set_masks >= least) & inside), mask=8 * row < n)
+
+
+@triton.jit(do_not_specialize=["count", "n"])
+def overlap_kernel(masks, count, n, pairs, BYTES: tl.constexpr):
+    """A program for some bytes of a mask, which it compares with all behind it and itself."""
+    byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    inside = 8 * byte < n
+    x = tl.program_id(1)
+    here = load(mask_at(masks, x) + byte, inside).to(tl.int32)
+    here &= (1 << tl.minimum(n - 8 * byte, 8).to(tl.int32)) - 1  # without the spare bits
+    for y in range(x, count):
+        both = tl.sum(popcount16(here & load(mask_at(masks, y) + byte, inside))).to(tl.int64)
+        tl.atomic_add(pairs + x * count + y, both, sem="relaxed")
+        tl.atomic_add(pairs + y * count + x, both, mask=x != y, sem="relaxed")
 
 
 # Coded planes: a program for each block, which is decoded one gap, or sixteen elements, at a time.
@@ -245,7 +504,7 @@ def ternary_block(data, size, slots, n, mask, signs):
     return sound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "head", "blocks", "n"])
 def unpack_ternary_kernel(
     plane, size, head, blocks, slots, n, mask, signs, status, BLOCK: tl.constexpr
 ):
@@ -275,8 +534,9 @@ def popcount16(x):
 @triton.jit
 def take_bits(state, f, data, word, words):
     """(states, bits, next word): takes a bit off every state, in order. A frequency of 0 leaves a
-    state as it is."""
-    lane = tl.arange(0, 16)
+    state as it is. Behind the 16 states there are 16 that have none: a whole warp adds up in one
+    instruction."""
+    lane = tl.arange(0, 32) % 16
     slot = state & 4095
     one = slot < f
     x = tl.where(one, f * (state >> 12) + slot, (4096 - f) * (state >> 12) + slot - f)
@@ -305,28 +565,35 @@ def mask_block(data, size, shared, scales, n, mask):
         context = tl.arange(0, 512)
         sound &= tl.max(read(table + 2 * context, sound & (context < used), 2), axis=0) <= 4096
 
-        lane = tl.arange(0, 16)
-        state = read(table + 2 * used + 4 * lane, sound & (lane >= 0), 4).to(tl.uint32)
+        lane = tl.arange(0, 32)
+        state = read(table + 2 * used + 4 * lane, sound & (lane < 16), 4).to(tl.uint32)
+        state = tl.where(lane < 16, state, 65536)
         sound &= tl.min(state, axis=0) >= 65536
         data += 12 + 2 * used + 64
         word = tl.full((), 0, tl.int64)
         flag = tl.full((), 1, tl.uint32)
         groups = tl.where(sound, (n + 63) // 64, 0)
+        step = tl.arange(0, 4)[:, None]
+        place = tl.where(lane[None, :] < 16, 16 * step + lane[None, :], n)
+        ahead = load(shared + place, place < n)
         for group in range(0, groups):
+            if scales is None:
+                s = to_f32(ahead)
+            else:
+                s = dequantise(ahead, tl.load(scales + group // 2))
+            place += 64
+            ahead = load(shared + place, place < n)  # arrives while this group is decoded
             f = tl.where(lane == 0, tl.where(flag != 0, after_some, after_none), 0)
             state, flag, word = take_bits(state, f, data, word, words)
             if flag != 0:
+                rank = mask_context(s) - first
+                known = (rank >= 0) & (rank < used)
+                frequency = read(table + 2 * rank, known, 2).to(tl.uint32)
                 octets = tl.full((), 0, tl.int64)
-                for step in tl.static_range(4):
-                    i = 64 * group + 16 * step + lane
-                    if scales is None:
-                        s = load_f32(shared + i, i < n)
-                    else:
-                        s = dequantise(load(shared + i, i < n), tl.load(scales + group // 2))
-                    rank = mask_context(s) - first
-                    f = read(table + 2 * rank, (rank >= 0) & (rank < used), 2).to(tl.uint32)
+                for k in tl.static_range(4):
+                    f = tl.sum(tl.where(step == k, frequency, 0), axis=0)
                     state, ones, word = take_bits(state, f, data, word, words)
-                    octets |= ones.to(tl.int64) << 16 * step
+                    octets |= ones.to(tl.int64) << 16 * k
                 byte = 8 * group + tl.arange(0, 8)
                 octet = (octets >> 8 * tl.arange(0, 8)).to(tl.uint8)
                 tl.store(mask + byte, octet, mask=8 * byte < n)
@@ -334,7 +601,7 @@ def mask_block(data, size, shared, scales, n, mask):
     return sound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks", "n"])
 def unpack_mask_kernel(
     plane, size, blocks, shared, scales, n, mask, status, BLOCK: tl.constexpr
 ):
@@ -352,6 +619,12 @@ def unpack_mask_kernel(
 def on(tensor):
     """The context to launch kernels on the device of a tensor in."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def table_of(numbers, device):
+    """64-bit numbers on a device, without waiting for it."""
+    table = torch.tensor(numbers, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def float_bits(x):
@@ -377,6 +650,78 @@ class TritonBackend:
                     float_bits(block.scale), block.row_scales, block.row_length, block.n,
                     first, lead, BLOCK, aligned_rows, enable_fp_fusion=False,
                 )  # fmt: skip
+
+    def encode(
+        self, base: Any, tasks: Sequence[Any], thresholds: Sequence[float], shared_dtype: Any,
+        rule: str = "published", merged: Any = None,
+    ) -> Encoded:  # fmt: skip
+        n, count, device = base.numel(), len(tasks), base.device
+        shared = torch.empty(n, dtype=shared_dtype, device=device)
+        scales = None
+        if shared_dtype == torch.int8:
+            scales = torch.empty(triton.cdiv(n, 128), dtype=torch.float32, device=device)
+        size = triton.cdiv(n, 8)
+        mask_stride = triton.cdiv(size, 16) * 16
+        masks = torch.empty((count, mask_stride), dtype=torch.uint8, device=device)
+        counts = torch.zeros(3 * count + 1, dtype=torch.int64, device=device)
+        set_bits, published_bits, agreement = counts.split([count, count, count + 1])
+        nonfinite = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        if n:
+            dtypes = {task.dtype for task in tasks}
+            table = table_of([(task.data_ptr(), DTYPES.index(task.dtype), float_bits(threshold))
+                              for task, threshold in zip(tasks, thresholds)], device)  # fmt: skip
+            with on(base):
+                encode_kernel[(triton.cdiv(n, BLOCK),)](
+                    base, table, count, merged, shared, scales, masks, mask_stride, set_bits,
+                    published_bits, agreement, nonfinite, n,
+                    DTYPE=TRITON_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None,
+                    ALIGNED=all(task.data_ptr() % 16 == 0 for task in tasks), RULE=rule,
+                    BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK, enable_fp_fusion=False,
+                )  # fmt: skip
+        return Encoded(shared, scales, [mask[:size] for mask in masks], set_bits, published_bits,
+                       agreement, nonfinite)  # fmt: skip
+
+    def sums(self, block: Block, task: Any) -> Any:
+        units = triton.cdiv(block.n, UNIT)
+        sums = torch.empty((units, 3, LANES), dtype=torch.float64, device=block.base.device)
+        if units:
+            with on(block.base):
+                sums_kernel[(units,)](
+                    block.base, task, block.mask, block.shared, block.scales, sums, block.n,
+                    block.phase, UNIT, num_warps=1, enable_fp_fusion=False,
+                )  # fmt: skip
+        return sums
+
+    def agreement(self, masks: Sequence[Any], n: int) -> Any:
+        device, count = masks[0].device, len(masks)
+        agreement = torch.zeros(count + 1, dtype=torch.int64, device=device)
+        if n:
+            table = table_of([mask.data_ptr() for mask in masks], device)
+            with on(masks[0]):
+                agreement_kernel[(triton.cdiv(n, BLOCK),)](
+                    table, count, n, agreement, triton.next_power_of_2(count + 2), BLOCK
+                )
+        return agreement
+
+    def overlap(self, masks: Sequence[Any], n: int) -> Any:
+        device, count = masks[0].device, len(masks)
+        pairs = torch.zeros((count, count), dtype=torch.int64, device=device)
+        if n:
+            table = table_of([mask.data_ptr() for mask in masks], device)
+            with on(masks[0]):
+                overlap_kernel[(triton.cdiv(n, 8 * OVERLAP_BYTES), count)](
+                    table, count, n, pairs, OVERLAP_BYTES
+                )
+        return pairs
+
+    def consensus(self, masks: Sequence[Any], n: int, least: int) -> Any:
+        device, count = masks[0].device, len(masks)
+        out = torch.empty(triton.cdiv(n, 8), dtype=torch.uint8, device=device)
+        if n:
+            table = table_of([mask.data_ptr() for mask in masks], device)
+            with on(masks[0]):
+                consensus_kernel[(triton.cdiv(n, BLOCK),)](table, count, n, least, out, BLOCK)
+        return out
 
     def unpack_ternary(
         self, plane: Any, head: int, slots: Any, n: int, mask: Any, signs: Any, status: Any

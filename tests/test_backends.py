@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tallcodec import _core
+from tallcodec import _core, backends
 from tallcodec.backends import Block
 from tallcodec.errors import FormatError
 from tallcodec.reference import conditional, ternary
@@ -21,23 +21,30 @@ GUARD = 64  # elements before and behind an output that must stay as they are
 POISON = 0x5A
 
 
-@pytest.fixture(params=["triton"])
+CUDA = "cuda" if torch.cuda.is_available() else "cuda-host"
+
+
+@pytest.fixture(params=["triton", CUDA])
 def backend(request):
     if request.param == "triton":
         pytest.importorskip("triton")
         from tallcodec.kernels_triton import TritonBackend
 
         return TritonBackend()
+    from tallcodec.kernels_cuda import CudaBackend
+
+    return CudaBackend(request.param)
 
 
 @pytest.fixture
 def short_blocks(backend, monkeypatch):
-    """Blocks of coded planes of 1,024 elements where Triton is interpreted."""
+    """Blocks of coded planes, and units of sums, of 1,024 elements where Triton is interpreted."""
     if backend.name == "triton" and DEVICE == "cpu":
         from tallcodec import kernels_triton
 
-        for name in ("TERNARY_BLOCK", "MASK_BLOCK"):
+        for name in ("TERNARY_BLOCK", "MASK_BLOCK", "UNIT"):
             monkeypatch.setattr(kernels_triton, name, 1024)
+        monkeypatch.setattr(backends, "UNIT", 1024)
         monkeypatch.setattr(ternary, "BLOCK", 1024)
         monkeypatch.setattr(conditional, "BLOCK", 1024)
 
@@ -246,6 +253,182 @@ def test_conversion_of_every_value(backend, guarded, base, out):
     here = to_device(block)._replace(out=guarded(block.n, out))
     backend.decode([here])
     assert_same(here.out, decoded(block, out))
+
+
+def family(n, base="float32", tasks=("float32",), seed=0):
+    """A base and tasks, a third of each as the base, all with awkward values of their own."""
+    random = np.random.default_rng([seed, n, len(tasks)])
+    b = values(n, base, random)
+    made = []
+    for dtype in tasks:
+        tau = (random.standard_normal(n) * 0.002).astype(np.float32)
+        tau[random.random(n) < 1 / 3] = 0
+        task = (b.float() + torch.from_numpy(tau)).to(TORCH[dtype])
+        odd = torch.from_numpy(random.random(n) < 1 / 50)
+        task[odd] = values(n, dtype, random)[odd]
+        made.append(task)
+    return b, made
+
+
+def check_encode(backend, base, tasks, thresholds, shared="float32", rule="published", offset=0):
+    encoded = backend.encode(at_offset(base, offset), [at_offset(t, offset) for t in tasks],
+                             thresholds, TORCH[shared], rule)  # fmt: skip
+    expected = _core.kernels.encode(
+        raw(base), [raw(t) for t in tasks], name_of(base), thresholds, shared, rule=rule,
+        kernels="scalar", task_dtypes=[name_of(t) for t in tasks])  # fmt: skip
+    assert encoded.shared.dtype == TORCH[shared]
+    assert bits(encoded.shared).tobytes() == expected["shared"].tobytes()
+    assert (encoded.scales is not None) == (shared == "int8")
+    if shared == "int8":
+        assert bits(encoded.scales).tobytes() == expected["scales"].tobytes()
+    for mask, other in zip(encoded.masks, expected["masks"], strict=True):
+        np.testing.assert_array_equal(mask.cpu().numpy(), other)
+    stats = expected["stats"]
+    assert encoded.set_bits.tolist() == [s["set_bits"] for s in stats]
+    assert encoded.published_bits.tolist() == [s["published_bits"] for s in stats]
+    assert encoded.agreement.tolist() == expected["agreement"]
+    nonfinite = [s["nonfinite"] for s in stats] + [expected["base_nonfinite"]]
+    assert encoded.nonfinite.bool().tolist() == nonfinite
+    dtypes = {t.dtype for t in (encoded.set_bits, encoded.published_bits, encoded.agreement)}
+    assert dtypes == {torch.int64} and encoded.nonfinite.dtype == torch.int32
+
+
+@pytest.mark.parametrize("shared", [*FLOATS, "int8"])
+@pytest.mark.parametrize("rule", ["published", "magnitude", "adapted"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_encode(backend, dtype, rule, shared):
+    thresholds = {"published": [0.4, 0.2, 1.0], "magnitude": [0.001, 0, 0.003],
+                  "adapted": [0.4, 1.875, 1e-3]}[rule]  # fmt: skip
+    check_encode(backend, *family(2500, dtype, [dtype] * 3), thresholds, shared, rule)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("shared", ["float16", "int8"])
+def test_encode_any_length_and_alignment(backend, shared, n):
+    for offset in range(2):
+        base, tasks = family(n, "bfloat16", ["bfloat16"] * 2)
+        check_encode(backend, base, tasks, [0.4, 0.6], shared, offset=offset)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 40, 100])
+def test_encode_any_number_of_tasks(backend, count):
+    base, tasks = family(700, "float32", ["float32"] * count)
+    check_encode(backend, base, tasks, [0.4] * count)
+
+
+@pytest.mark.parametrize("base", FLOATS)
+def test_encode_tasks_of_several_dtypes(backend, base):
+    base, tasks = family(1500, base, ["bfloat16", "float32", "float16", "bfloat16"])
+    check_encode(backend, base, tasks, [0.4] * 4, "bfloat16")
+    check_encode(backend, base, tasks[2:3], [0.4], "bfloat16")
+
+
+@pytest.mark.parametrize("shared", [*FLOATS, "int8"])
+def test_encode_extremes(backend, shared):
+    """Sums that overflow, blocks of denormals, blocks without any difference."""
+    base = torch.zeros(1024)
+    tasks = [torch.zeros(1024) for _ in range(2)]
+    for task in tasks:
+        task[:128] = torch.linspace(-3.4e38, 3.4e38, 128)
+        task[128:256] = torch.arange(128) * 1e-45
+        task[256:384] = torch.arange(-64, 64) * 1e-42
+        task[512:640] = torch.linspace(-7e4, 7e4, 128)
+    tasks[0][640:768], tasks[1][640:768] = 1, -1
+    check_encode(backend, base, tasks, [0.4, 0.4], shared)
+    check_encode(backend, base, tasks[:1], [-1.0], shared, "magnitude")
+
+
+def test_encode_with_a_vector_of_its_own(backend):
+    base, tasks = family(1300, "bfloat16", ["bfloat16"] * 3)
+    merged = sum((t.float() - base.float() for t in tasks[:2]), torch.zeros(1300))
+    base, tasks = base.to(DEVICE), [t.to(DEVICE) for t in tasks]
+    for shared in ("float32", "int8"):
+        expected = backend.encode(base, tasks[:2], [0.4, 0.4], TORCH[shared])
+        encoded = backend.encode(base, tasks, [0.4] * 3, TORCH[shared], merged=merged.to(DEVICE))
+        assert_same(encoded.shared, expected.shared)
+        assert len(encoded.masks) == 3
+        for mask, other in zip(encoded.masks, expected.masks):
+            assert_same(mask, other)
+        assert encoded.published_bits.tolist()[:2] == expected.published_bits.tolist()
+
+
+def expected_sums(block, task):
+    """By unit, from the scalar kernel."""
+    sums = []
+    for at in range(0, block.n, backends.UNIT):
+        n = min(backends.UNIT, block.n - at)
+        first = (block.phase + at) // 128
+        here = slice(first * 16, first * 16 - -(block.phase % 128 + n) // 8)
+        scales, shared = block.scales, block.shared
+        if block.mask is not None:
+            shared = shared[here] if name_of(shared) == "signs" else shared[at : at + n]
+        if scales is not None:
+            scales = scales[first : first - -(block.phase + n) // 128]
+        result = _core.kernels.sums(
+            raw(block.base[at : at + n]), raw(shared),
+            None if block.mask is None else raw(block.mask[here]), raw(task[at : at + n]),
+            name_of(block.base), "float32" if shared is None else name_of(shared), name_of(task),
+            scales=raw(scales), phase=block.phase, kernels="scalar")  # fmt: skip
+        sums.append([result[name] for name in ("tau_sq", "dot", "approx_sq")])
+    return torch.from_numpy(np.array(sums).reshape(-1, 3, 16))
+
+
+def check_sums(backend, block, task):
+    sums = backend.sums(to_device(block, 1), at_offset(task, 1))
+    expected = expected_sums(block, task)
+    assert sums.shape == expected.shape and sums.dtype == torch.float64
+    assert_same(sums, expected, torch.tensor(True))
+
+
+@pytest.mark.parametrize("shared", [*FLOATS, "int8"])
+@pytest.mark.parametrize("base, task", [("float32", "float16"), ("bfloat16", "bfloat16"),
+                                        ("float16", "float32")])  # fmt: skip
+def test_sums(backend, base, task, shared):
+    for phase in (0, 5, 127):
+        block = block_of(300, base, shared, phase, scale=3.0)
+        clean = [t.nan_to_num(0.5, 0.25, -0.25) for t in (block.base, values(300, task,
+                 np.random.default_rng(7)))]  # fmt: skip
+        check_sums(backend, block._replace(base=clean[0]), clean[1])
+
+
+def test_sums_of_signs_and_of_no_mask(backend):
+    block = block_of(300, "bfloat16", "signs")
+    block = block._replace(base=block.base.nan_to_num(0.5))
+    task = values(300, "bfloat16", np.random.default_rng(7)).nan_to_num(0.5)
+    check_sums(backend, block, task)
+    check_sums(backend, Block(300, block.base, None), task)
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 129])
+def test_sums_any_length(backend, n):
+    block = block_of(n, shared="int8", phase=3)
+    check_sums(backend, block, values(n, "float32", np.random.default_rng(n)))
+
+
+def test_sums_by_units(backend, short_blocks):
+    n = 2 * backends.UNIT + 100
+    random = np.random.default_rng(0)
+    base, task = (torch.from_numpy(random.standard_normal(n).astype(np.float32)) for _ in range(2))
+    block = Block(n, base, None, packed(n + 9, random), *shared_of(n, 9, "int8", random), phase=9)
+    check_sums(backend, block, task)
+
+
+@pytest.mark.parametrize("n", [*LENGTHS, 70001])
+def test_masks_together(backend, n):
+    for count in (1, 3, 8, 40) if n == 257 else (1, 5):
+        random = np.random.default_rng([n, count])
+        masks = [packed(n, random) for _ in range(count)]
+        here = [at_offset(mask, k % 3) for k, mask in enumerate(masks)]
+        masks = [mask.numpy() for mask in masks]
+        kernels = _core.kernels
+        assert backend.agreement(here, n).tolist() == kernels.agreement(masks, n, kernels="scalar")
+        pairs = np.array(kernels.overlap(masks, n, kernels="scalar")).reshape(count, count)
+        expected = np.triu(pairs) + np.triu(pairs, 1).T
+        np.testing.assert_array_equal(backend.overlap(here, n).cpu().numpy(), expected)
+        for least in {1, 2, count, count + 1}:
+            mask = backend.consensus(here, n, least).cpu().numpy()
+            expected = kernels.consensus(masks, n, least, kernels="scalar")
+            np.testing.assert_array_equal(mask, expected)
 
 
 def slots_of(plane, n):
