@@ -86,7 +86,8 @@ DevicePlan Decoder::device_plan(const std::vector<Job>& jobs, const std::set<uin
     if (job.coding == Coding::Mask) {
       const uint64_t size = size_of(t.block.shared_dtype);
       t.shared = take(job.shared, t.start * size, t.stop * size);
-      t.shared_scales = take(job.shared_scales, t.start / kScaleBlock * 4, round_up(t.stop, kScaleBlock) / kScaleBlock * 4);
+      const uint64_t scales = t.start / kScaleBlock, scales_end = round_up(t.stop, kScaleBlock) / kScaleBlock;
+      t.shared_scales = take(job.shared_scales, scales * 4, scales_end * 4);
       if (!blocks) t.mask = take(job.masks[0].plane, bits, bits_end);
     } else if (!blocks) {
       const uint64_t signs = job.coded.record->raw_size / 2;

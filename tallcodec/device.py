@@ -130,7 +130,7 @@ class Planes:
         with residents.lock:
             for batch in _batches(originals, lambda t: source.core.info(number, t)[2]):
                 unpacked.append(self._load(source, batch, residents))
-                file._let_go(sum(memory.bytes.nbytes for memory in self._memories))
+                file._let_go(_BATCH_BYTES)
             _require_sound(unpacked, source)
 
     def bytes(self) -> int:
@@ -248,10 +248,11 @@ def _recipe(
         return Recipe([], None)
     base_start = first // _SCALE_BLOCK * _SCALE_BLOCK
     base = find(r["base"]).bytes.view(_ARITHMETIC[r["base_dtype"]])
-    mask, shared = bits.get(r["coded"]) or (r[k] and find(r[k]).bytes for k in ("mask", "signs"))
-    signs, scales = shared is not None, None
-    if not signs:
-        shared, scales = _shared(r, find)
+    if r["coded"] is None:
+        mask, signs = (r[role] and find(r[role]).bytes for role in ("mask", "signs"))
+    else:
+        mask, signs = bits[r["coded"]]
+    shared, scales = (signs, None) if signs is not None else _shared(r, find)
     row_length, row_scales = r["row_length"], None
     cuts = [first, end]
     if r["row_scales"] is not None:
@@ -269,7 +270,7 @@ def _recipe(
                 base=base[a - base_start : b - base_start],
                 out=None,
                 mask=mask[octets],
-                shared=shared[octets] if signs else shared[a - start : b - start],
+                shared=shared[a - start : b - start] if signs is None else signs[octets],
                 scales=None if scales is None else scales[packed // _SCALE_BLOCK :],
                 scale=r["scale"],
                 row_scales=row_scales if a == first or row_scales is None else row_scales[1:],
@@ -299,24 +300,19 @@ def _decode(backend: Backend, made: Iterable[tuple[Recipe, torch.Tensor]]) -> No
             copies.append((out.view(torch.uint8), recipe.copied))
     if blocks:
         backend.decode(blocks)
-    with torch.inference_mode():  # which may write to all tensors
-        on_device = [copy for copy in copies if copy[1].device == copy[0].device]
-        if on_device:
-            torch._foreach_copy_(*zip(*on_device))
-        for out, copied in copies:
-            if copied.device != out.device:
-                out.copy_(copied, non_blocking=True)
+    if copies:
+        with torch.inference_mode():  # in which all tensors can be written to
+            torch._foreach_copy_(*zip(*copies))
 
 
-def _pieces(records: Iterable[Record], roles: Iterable[str]) -> list[Piece]:
-    roles = tuple(roles)
+def _pieces(records: Iterable[Record], roles: Sequence[str]) -> list[Piece]:
     return [record[role] for record in records for role in roles if record[role] is not None]
 
 
 def _upload(pieces: Iterable[Piece], mapping: range, device: torch.device) -> dict[Piece, Plane]:
     """Take pieces to a device, those that lie side by side in a file's mapping at once.
 
-    From pageable memory: the driver has read it when this returns.
+    They are copied from pageable memory, which has been read when this returns.
     """
     runs: list[tuple[int, int, list[Piece]]] = []
     for piece in sorted(set(pieces), key=lambda p: p[1]):
@@ -331,13 +327,13 @@ def _upload(pieces: Iterable[Piece], mapping: range, device: torch.device) -> di
     planes = {}
     for begin, end, run in runs:
         memory = Memory(end - begin, device)
-        memory.bytes.copy_(_host(begin, end - begin), non_blocking=True)
+        memory.bytes.copy_(_host(begin, end - begin))
         planes |= {piece: Plane(memory, piece[1] - begin, piece[2]) for piece in run}
     return planes
 
 
 def _to_device(content: bytes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=dtype).to(device, non_blocking=True)
+    return torch.frombuffer(bytearray(content), dtype=dtype).to(device)
 
 
 def _host(address: int, size: int) -> torch.Tensor:

@@ -175,7 +175,8 @@ class File:
 
         What goes to a CUDA device is decoded there, by a back-end (see
         :func:`tallcodec.backends`): checksums are looked at here, planes go there as they are
-        stored, and work is queued on the device's current stream.
+        stored, and work is queued on the device's current stream; only copies to the device are
+        waited for, and once for coded planes to be unpacked.
 
         Raises TaskNotFoundError, TensorNotFoundError, TensorMismatchError, ArgumentError before
         anything is written; ChecksumError, FormatError, BaseMismatchError, ReadError on bad bytes.
@@ -399,7 +400,7 @@ class File:
                 made = [frameworks.empty("pt", t.dtype, t.memory.shape) for t in parts]
                 self._decode_here(number, [t._replace(memory=m) for t, m in zip(parts, made)])
                 for target, memory in zip(parts, made):
-                    target.memory.copy_(memory)
+                    frameworks.copy(memory, target.memory)
 
     def _decode_here(
         self, number: int, targets: list["_Target"], loaded: _core.Loaded | None = None

@@ -73,6 +73,14 @@ def flat(tensor: Any) -> Any:
     return tensor.reshape(-1) if isinstance(tensor, np.ndarray) else tensor.detach().view(-1)
 
 
+def copy(source: Any, target: Any) -> None:
+    """Copy a torch tensor to one of any device, whether or not it is for autograd or inference."""
+    import torch
+
+    with torch.inference_mode():
+        target.copy_(source)
+
+
 def device_of(tensor: Any) -> Any:
     """The torch device that it is on, or None for a NumPy array."""
     return None if isinstance(tensor, np.ndarray) else tensor.device

@@ -42,8 +42,9 @@ class Plan:
         self._refuse_own_base()
         self._pointers = {name: t.data_ptr() for name, t in self._targets.items()}
         self._memory = _addresses(model)
-        self._places = {name: _place(t) for name, t in self._targets.items()}
-        self._devices = sorted(set(self._places.values()))
+        places = {device: _place(device) for device in {t.device for t in self._targets.values()}}
+        self._places = {name: places[t.device] for name, t in self._targets.items()}
+        self._devices = sorted(set(places.values()))
         self._beside = {
             name for name, t in self._targets.items()
             if frameworks.flaw(t) or str(t.device) != self._places[name]
@@ -176,8 +177,7 @@ class Plan:
         target = self._targets[name]
         value = torch.empty(target.shape, dtype=target.dtype, device=loaded.device)
         loaded.decode([name], {name: value})
-        with torch.no_grad():
-            target.copy_(value)
+        frameworks.copy(value, target.detach())
 
     def _changed(self, task: str | None) -> set[str]:
         """The tensors of a task that are not as the base's."""
@@ -231,10 +231,10 @@ def _targets(model: Any, names: set[str]) -> dict[str, Any]:
     return _state(model)
 
 
-def _place(target: Any) -> str:
-    """The device whose back-end decodes a tensor; what it cannot write to directly is copied."""
-    on_device = target.device.type == "cuda" and choose(target.device) is not None
-    return str(target.device) if on_device else "cpu"
+def _place(device: Any) -> str:
+    """Where what belongs on a device is decoded: there, or on the CPU, to be copied."""
+    there = device.type == "cuda" and choose(device) is not None
+    return str(device) if there else "cpu"
 
 
 def _unwritable(target: Any) -> list[str]:

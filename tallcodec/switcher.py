@@ -23,8 +23,9 @@ from .switch_plan import Plan, TaskPlanes
 @dataclass(frozen=True)
 class SwitchMetrics:
     """What a Switcher has done. Bytes are those of tensors written; of ``resident_bytes``, planes
-    of tasks in memory now. ``hits`` and ``misses`` are switches whose task's planes were, or were
-    not, in memory already (or on their way there)."""
+    of tasks in memory now, of the CPU and of devices. ``hits`` and ``misses`` are switches whose
+    task's planes were, or were not, in memory already (or on their way there). ``milliseconds`` are
+    the host's: what is queued on a CUDA device may run longer."""
 
     switches: int = 0
     hits: int = 0
@@ -53,9 +54,10 @@ class Switcher:
 
     - ``model``: an ``nn.Module`` (or what torch.compile or DataParallel makes of one), or a mapping
       from the file's tensor names to the tensors to be switched, where names differ. Those of
-      transformers' models are their checkpoints' (see :func:`tallcodec.hf.targets`). Tensors that
-      are not contiguous memory of the CPU are decoded beside and copied. Whoever else writes to
-      them, another Switcher too, is not noticed.
+      transformers' models are their checkpoints' (see :func:`tallcodec.hf.targets`). Tensors on
+      CUDA devices are decoded there, by work that is queued on the current stream: passes are to be
+      on that stream, too, or ordered with it. Those that are not contiguous are decoded beside and
+      copied. Whoever else writes to them, another Switcher too, is not noticed.
     - ``file``: a path, or an open :class:`File`, which stays open. ``base``: as in :func:`open`.
     - ``task``: what the model is put on at once; None is the base.
     - ``strict``: the model and each task have the same tensors. Otherwise what only one of them has
@@ -63,7 +65,8 @@ class Switcher:
       task is left out with a mapping that lacks it.
     - ``budget``: bytes of planes that are kept in memory for tasks that the model is not on, the
       least recently used going first; None keeps all. A TALL task takes one bit per parameter, a
-      ternary one two. Base and shared vector are used in the file's mapping.
+      ternary one two. Base and shared vector are used in the file's mapping; on a device they
+      stay until the Switcher is closed, and do not count.
     - ``guard``: forward passes of ``model`` (an ``nn.Module``) and switches wait for each other. In
       a model that is compiled, passes are not seen: use :meth:`task` there.
 

@@ -162,6 +162,22 @@ def test_rows_of_large_tensors(encode, fast, options):
             assert same(numpy_state({name: rows})[name], expected[name][first:last]), name
 
 
+def test_only_what_the_rows_need_is_checked(tmp_path, fast):
+    base = {"w": np.zeros((4, 400_000), np.float32)}
+    tasks = {"t": {"w": np.ones((4, 400_000), np.float32)}}
+    path = tmp_path / "x.tall"
+    data = bytearray(encoded(path, base, tasks))
+    data[192 + 4 * 400_000 * 3] ^= 1  # where the base's last row begins
+    path.write_bytes(data)
+    with tallcodec.open(path) as file:
+        assert (file.decode_rows("t", "w", 0, 2, device=fast) == 1).all()
+        with pytest.raises(errors.ChecksumError, match="base plane of tensor 'w'"):
+            file.decode_rows("t", "w", 2, 4, device=fast)
+        (record,) = file._device_plan(0, [(0, 400_000, 400_000)], (), True, None).tensors()
+        assert record["base"][2] == 4 * 400_000 and record["start"] == 400_000
+        assert record["mask"][2] == 50_000
+
+
 def test_a_referenced_base_in_a_file(encode, device, tmp_path):
     base, tasks = small_family(dtype=BF16)
     given = write_safetensors(tmp_path / "base.safetensors", base)
@@ -238,6 +254,17 @@ def test_tensors_of_inference_mode_are_written_to(encode, device):
         assert_same(numpy_state(out), on_cpu(file._path)["cars"])
         made = file.decode("cars", device=device)["a.bias"]
         assert not made.is_inference()
+
+
+def test_the_cpu_decodes_and_copies_where_it_is_forced(small_file, monkeypatch):
+    monkeypatch.setenv("TALLCODEC_BACKEND", "cpu")
+    cuda = torch.device("cuda")
+    with tallcodec.open(small_file) as file:
+        number = file._number("cars")
+        result, groups = file._targets(number, None, None, None)
+        for targets in groups.values():
+            file._decode_to(cuda, number, targets)
+        assert_same(numpy_state(result), on_cpu(small_file)["cars"])
 
 
 @pytest.mark.parametrize("flaw, match", [
