@@ -85,11 +85,12 @@ def kernels_of(binary: Path, architecture: str) -> list[Kernel]:
 
 
 def short(mangled: str) -> str:
-    """Encode<BF16, F32> of the name that run<Encode<VectorSource<BF16, F32>>> has in machine code."""
+    """Encode<BF16, F32>, of what run<Encode<VectorSource<BF16, F32>>> is called in machine code."""
     demangled = run("c++filt", mangled).strip().replace("(anonymous namespace)::", "")
     name = demangled.replace("tallcodec::", "")
     inner = re.match(r"void run<(.*)>\(", name)
-    return re.sub(r"VectorSource<(.*?)>", r"\1", inner.group(1)).strip() if inner else name
+    name = re.sub(r"VectorSource<(.*?)>", r"\1", inner.group(1)) if inner else name
+    return name.replace(" >", ">").strip()
 
 
 def triton_kernels(folder: Path) -> list[tuple[str, Kernel]]:
