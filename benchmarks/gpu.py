@@ -1,7 +1,7 @@
 """The kernels on a GPU against a device copy in the same run, and what they could reach on others.
 
-    python benchmarks/gpu.py [--docs]        # on a GPU, two minutes; writes results/gpu.csv
-    python benchmarks/gpu.py --roofline      # anywhere: bytes per parameter, and the time they imply
+    python benchmarks/gpu.py [--docs]       # on a GPU, two minutes; writes results/gpu.csv
+    python benchmarks/gpu.py --roofline     # anywhere: bytes per parameter, and what they take
 
 --docs writes the tables into docs/gpu.md. Bytes are those that must be read or written once.
 """
@@ -161,29 +161,24 @@ def measure_others(backend, copy: float) -> list[dict]:
     return rows
 
 
-def measure_switch(backend) -> list[dict]:
+def measure_switch(backend, shared: str) -> dict:
     """A 7B model, all of its tensors, from task to task: base and shared vector on the device."""
     import torch
 
     from tallcodec.backends import Block
 
-    rows = []
-    for shared in ("bfloat16", "int8", "signs"):
-        blocks = []
-        for shape in llama(4096, 32, 32000).values():
-            n = torch.Size(shape).numel()
-            base, out = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-            blocks.append(Block(n, base, out, packed(n), *shared_of(n, shared)))
-        took = seconds(lambda: backend.decode(blocks), 5)
-        start = time.perf_counter()
-        backend.decode(blocks)
-        queued = time.perf_counter() - start
-        rows.append({"switch of a 7B model": named(shared), "back-end": backend.name,
-                     "tensors": len(blocks), "ms": round(1e3 * took, 2),
-                     "ms on the host": round(1e3 * queued, 2)})  # fmt: skip
-        del blocks
-        torch.cuda.empty_cache()
-    return rows
+    blocks = []
+    for shape in llama(4096, 32, 32000).values():
+        n = torch.Size(shape).numel()
+        base, out = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        blocks.append(Block(n, base, out, packed(n), *shared_of(n, shared)))
+    took = seconds(lambda: backend.decode(blocks), 5)
+    start = time.perf_counter()
+    backend.decode(blocks)
+    queued = time.perf_counter() - start
+    return {"switch of a 7B model": named(shared), "back-end": backend.name,
+            "tensors": len(blocks), "ms": round(1e3 * took, 2),
+            "ms on the host": round(1e3 * queued, 2)}  # fmt: skip
 
 
 def measure_unpacking(name: str) -> list[dict]:
@@ -232,7 +227,7 @@ def measure() -> dict[str, list[dict]]:
     for backend in (CudaBackend(), TritonBackend()):
         kernels += measure_kernels(backend, copy)
         kernels += measure_others(backend, copy)
-        switches += measure_switch(backend)
+        switches += [measure_switch(backend, s) for s in ("bfloat16", "int8", "signs")]
     return {"kernels": kernels, "switch": switches, "unpack": measure_unpacking("cuda")}
 
 

@@ -1,10 +1,10 @@
-"""What the GPU's kernels became: registers, memory and instructions, read from the machine code in the
-extension and in what Triton compiles. Needs no GPU.
+"""What the GPU's kernels became: registers, memory and instructions, read from the machine code in
+the extension and in what Triton compiles. Needs no GPU.
 
     python benchmarks/gpu_inspect.py [--docs]
 
---docs writes the table into docs/gpu.md. Ends with an error where a kernel spills, uses local memory,
-contracts a product and a sum where it must not, or lacks 16-byte loads or stores.
+--docs writes the table into docs/gpu.md. Ends with an error where a kernel spills, uses local
+memory, contracts a product and a sum where it must not, or lacks 16-byte loads or stores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tallcodec import _core
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Divisions, of which SASS makes fused steps that give the quotient's one rounding.
-DIVIDES = ("Encode", "encode")
+DIVIDES = ("Encode", "encode-bfloat16-int8")
 
 
 @dataclass
@@ -78,30 +78,36 @@ def kernels_of(binary: Path, architecture: str) -> list[Kernel]:
         found[mangled] = Kernel(short(mangled), numbers["REG"], local, numbers["SHARED"])
     for part in run(tool("cuobjdump"), "-sass", *chosen, binary).split("Function : ")[1:]:
         mangled = part.split(None, 1)[0]
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", part, re.M)
+        instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
+        code = re.findall(instruction, part, re.M)
         found[mangled].instructions = Counter(code)
     return sorted(found.values(), key=lambda kernel: kernel.name)
 
 
 def short(mangled: str) -> str:
-    """Encode<BF16, F32> of the name that run<Encode<VectorSource<BF16, F32>>> has in machine code."""
+    """Encode<BF16, F32>, of what run<Encode<VectorSource<BF16, F32>>> is called in machine code."""
     demangled = run("c++filt", mangled).strip().replace("(anonymous namespace)::", "")
     name = demangled.replace("tallcodec::", "")
     inner = re.match(r"void run<(.*)>\(", name)
-    return re.sub(r"VectorSource<(.*?)>", r"\1", inner.group(1)).strip() if inner else name
+    name = re.sub(r"VectorSource<(.*?)>", r"\1", inner.group(1)) if inner else name
+    return name.replace(" >", ">").strip()
 
 
 def triton_kernels(folder: Path) -> list[tuple[str, Kernel]]:
     """(architecture, kernel) of what Triton compiles ahead of time."""
-    import triton_variants
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from matmul_kernels import cases, compile_case
+    from triton_variants import variants
 
-    found = []
+    path, found = folder / "kernel.cubin", []
     for architecture in ARCHITECTURES:
-        for name, cubin in triton_variants.cubins(int(architecture[3:])):
-            path = folder / "kernel.cubin"
-            path.write_bytes(cubin)
+        number = int(architecture[3:])
+        compiled = [(v.name, v.compile(number)) for v in variants()]
+        compiled += [(f"matmul {case.name}", compile_case(case, number)) for case in cases()]
+        for name, code in compiled:
+            path.write_bytes(code.asm["cubin"])
             (kernel,) = kernels_of(path, architecture)
-            kernel.name = f"Triton {name}"
+            kernel.name = f"Triton: {name}"
             found.append((architecture, kernel))
     return found
 

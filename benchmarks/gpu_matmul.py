@@ -1,6 +1,6 @@
 """Products with the weights of many tasks, decoded on the fly, against dense ones. Needs a GPU.
 
-    python benchmarks/gpu_matmul.py            # a minute; writes results/gpu_matmul.csv
+    python benchmarks/gpu_matmul.py [--docs]   # a minute; writes results/gpu_matmul.csv
     python benchmarks/gpu_matmul.py --quick    # one shape, few repeats: a look, nothing written
 
 Weights of a 7B model in bfloat16. Each product is a CUDA graph, timed by events on weights that are
@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from common import RESULTS, markdown, write_csv
+from common import DOCS, RESULTS, markdown, write_csv, write_part
 from tallcodec.matmul_triton import TaskPlanes, TaskWeight, matmul
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -118,7 +118,9 @@ def measure(columns: int, inner: int, kind: str, repeat: int) -> list[dict]:
 def main() -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/gpu.md")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     if not torch.cuda.is_available():
         raise SystemExit("gpu_matmul.py measures on a GPU, and there is none here")
     gpu, results = torch.cuda.get_device_name(), []
@@ -128,6 +130,8 @@ def main() -> list[dict]:
     print(f"{gpu}\n\n{markdown(results, text=2)}")
     if not quick:
         write_csv(RESULTS / "gpu_matmul.csv", [{**row, "gpu": gpu} for row in results])
+    if arguments.docs:
+        write_part(DOCS / "gpu.md", "products", f"{gpu}.\n\n{markdown(results, text=2)}")
     return results
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -96,10 +97,13 @@ std::vector<GpuTask> tasks_of(const py::list& tuples) {
   return tasks;
 }
 
-// The bytes of a table of tasks, to be copied to the device.
-py::bytes task_table(const py::list& tuples) {
+// A table of tasks as 64-bit numbers, to be copied to the device.
+std::vector<int64_t> task_table(const py::list& tuples) {
   const std::vector<GpuTask> tasks = tasks_of(tuples);
-  return {reinterpret_cast<const char*>(tasks.data()), tasks.size() * sizeof(GpuTask)};
+  static_assert(sizeof(GpuTask) % sizeof(int64_t) == 0);
+  std::vector<int64_t> table(tasks.size() * sizeof(GpuTask) / sizeof(int64_t));
+  if (!table.empty()) std::memcpy(table.data(), tasks.data(), tasks.size() * sizeof(GpuTask));
+  return table;
 }
 
 void encode(const Queue& queue, uint64_t n, Address base, int base_dtype, int shared_dtype, int rule, bool aligned,

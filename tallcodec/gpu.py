@@ -1,17 +1,17 @@
-"""The codec's operations on tensors that are on a GPU: one tensor of a base and of its tasks at a time.
+"""The codec's operations on tensors that are on a GPU, one tensor of a base and of its tasks at a
+time.
 
     made = gpu.encode(base, [cars, dtd], [0.4, 0.4])
-    again = gpu.decode(base, made.shared, made.masks[0])         # as fine-tuned on cars, but for what is lost
-    y = gpu.matmul(x, gpu.TaskWeight(base, made.shared, ...), task_of_row)
+    again = gpu.decode(base, made.shared, made.masks[0])  # cars again, but for what is lost
 
-Tensors are torch's, contiguous, all on one device; packed bits are uint8, element i being bit i mod 8 of
-byte i div 8. Work is queued on the device's current stream, nothing waits for it. Back-ends (see
-:func:`tallcodec.backends`) give the same bits as each other and as the CPU. Files are decoded to a GPU by
-:meth:`tallcodec.File.decode`.
+Tensors are torch's, contiguous, all on one device; packed bits are uint8, element i being bit i mod
+8 of byte i div 8. Work is queued on the device's current stream, nothing waits for it. Back-ends
+(see :func:`tallcodec.backends`) give the same bits as each other and as the CPU. Files are decoded
+to a GPU by :meth:`tallcodec.File.decode`; products with many tasks' weights are in
+:mod:`tallcodec.matmul_triton`.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -47,7 +47,7 @@ def encode(
     if rule not in _RULES:
         raise ArgumentError(f"rule must be one of {', '.join(_RULES)}, not {rule!r}")
     if shared_dtype not in (*_FLOATS, torch.int8):
-        raise ArgumentError(f"shared_dtype must be a float of 16 or 32 bits or int8, not {shared_dtype}")
+        raise ArgumentError(f"shared_dtype must be a float or int8, not {shared_dtype}")
     if len(thresholds) != len(tasks):
         raise ArgumentError(f"{len(thresholds)} thresholds for {len(tasks)} tasks")
     backend, base = _start("base", base)
@@ -83,7 +83,8 @@ def decode(
     if isinstance(scale, torch.Tensor):
         rows = base.shape[0] if base.ndim > 1 else 1
         _check("scale", scale, base.device, rows, torch.float32)
-        block = block._replace(row_scales=scale.view(-1), row_length=max(1, base.numel() // max(1, rows)))
+        length = max(1, base.numel() // max(1, rows))
+        block = block._replace(row_scales=scale.view(-1), row_length=length)
     else:
         block = block._replace(scale=float(scale))
     backend.decode([block])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import _core, numbers
-from .backends import LANES, UNIT, Block, Encoded
+from .backends import LANES, UNIT, Block, Encoded, table_of
 
 _DTYPES = {
     torch.float32: numbers.DTYPES["F32"],
@@ -51,7 +51,7 @@ class CudaBackend:
             (task.data_ptr(), mask.data_ptr(), threshold, _DTYPES[task.dtype])
             for task, mask, threshold in zip(tasks, masks, thresholds)
         ]
-        table = self._table(base, _core.gpu.task_table(listed))
+        table = table_of(_core.gpu.task_table(listed), base.device)
         self._queue(base).encode(
             n, base.data_ptr(), _DTYPES[base.dtype], _DTYPES[shared_dtype], _RULES[rule], aligned,
             listed, table.data_ptr(), _address(merged), shared.data_ptr(), _address(scales),
@@ -69,17 +69,20 @@ class CudaBackend:
 
     def agreement(self, masks: Sequence[Any], n: int) -> Any:
         counts = torch.zeros(len(masks) + 1, dtype=torch.int64, device=masks[0].device)
-        self._queue(counts).agreement(*self._masks(masks, n), counts.data_ptr())
+        table = _addresses(masks)
+        self._queue(counts).agreement(n, len(masks), table.data_ptr(), counts.data_ptr())
         return counts
 
     def overlap(self, masks: Sequence[Any], n: int) -> Any:
         pairs = torch.zeros(len(masks), len(masks), dtype=torch.int64, device=masks[0].device)
-        self._queue(pairs).overlap(*self._masks(masks, n), pairs.data_ptr())
+        table = _addresses(masks)
+        self._queue(pairs).overlap(n, len(masks), table.data_ptr(), pairs.data_ptr())
         return pairs + pairs.triu(1).T
 
     def consensus(self, masks: Sequence[Any], n: int, least: int) -> Any:
         out = torch.empty_like(masks[0])
-        self._queue(out).consensus(*self._masks(masks, n), least, out.data_ptr())
+        table = _addresses(masks)
+        self._queue(out).consensus(n, len(masks), table.data_ptr(), least, out.data_ptr())
         return out
 
     def unpack_ternary(
@@ -105,14 +108,10 @@ class CudaBackend:
         stream = torch.cuda.current_stream(tensor.device)
         return _core.gpu.Queue(self.name, tensor.device.index, stream.cuda_stream)
 
-    def _masks(self, masks: Sequence[Any], n: int) -> tuple[int, int, int]:
-        addresses = torch.tensor([mask.data_ptr() for mask in masks], dtype=torch.int64)
-        # Kept by the tensor's allocator until the work that is queued on the stream is done.
-        self._addresses = addresses.to(masks[0].device)
-        return n, len(masks), self._addresses.data_ptr()
 
-    def _table(self, near: Any, table: bytes) -> Any:
-        return torch.frombuffer(bytearray(table or b"\0"), dtype=torch.uint8).to(near.device)
+def _addresses(masks: Sequence[Any]) -> Any:
+    """Their table on the device. What is queued may use it until it is let go of."""
+    return table_of([mask.data_ptr() for mask in masks], masks[0].device)
 
 
 def _address(tensor: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backends import LANES, UNIT, Block, Encoded
+from .backends import LANES, UNIT, Block, Encoded, table_of
 
 BLOCK = 1024  # elements per program of what reads tensors, a multiple of 128
 OVERLAP_BYTES = 4096  # of a mask per program that compares masks
@@ -619,12 +619,6 @@ def unpack_mask_kernel(
 def on(tensor):
     """The context to launch kernels on the device of a tensor in."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def table_of(numbers, device):
-    """64-bit numbers on a device, without waiting for it."""
-    table = torch.tensor(numbers, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def float_bits(x):
