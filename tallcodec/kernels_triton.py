@@ -12,7 +12,7 @@ import triton.language as tl
 from .backends import LANES, UNIT, Block, Encoded
 
 BLOCK = 1024  # elements per program of what reads tensors, a multiple of 128
-OVERLAP_BYTES = 4096  # of a mask per program that compares masks
+OVERLAP_BYTES = 2048  # of a mask per program that compares masks
 TERNARY_BLOCK, MASK_BLOCK = 262144, 524288  # elements of coded planes that decode alone
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
