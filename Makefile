@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
-CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON
+CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON -DTALLCODEC_CUDA=OFF
+CPP_TEST_NAMES := kernels ternary conditional file resume gpu
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve clean
+.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
 
 all: .venv/built
 
@@ -14,9 +15,21 @@ all: .venv/built
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# The extension, and the same with CUDA (a minute and a half more), which serves as well.
+INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check \
+	--no-build-isolation --no-deps -e .
+
 .venv/built: .venv/packages $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check \
-		--no-build-isolation --no-deps -e .
+	TALLCODEC_CUDA=OFF $(INSTALL)
+	touch $@
+
+.venv/built-cuda: .venv/gpu-packages $(SOURCES)
+	TALLCODEC_CUDA=ON CUDACXX=$$(echo "$(CURDIR)"/.venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc) $(INSTALL)
+	touch .venv/built $@
+
+.venv/gpu-packages: requirements-gpu.txt .venv/packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-gpu.txt
+	cd .venv/lib/python3*/site-packages/nvidia/cu13 && ln -sfn lib lib64  # where its nvcc looks
 	touch $@
 
 demo: .venv/built
@@ -30,11 +43,7 @@ lint: .venv/packages
 test-cpp: .venv/packages
 	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
-	build/tests/test_kernels
-	build/tests/test_ternary
-	build/tests/test_conditional
-	build/tests/test_file
-	build/tests/test_resume
+	set -e; for test in $(CPP_TEST_NAMES); do build/tests/test_$$test; done
 	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
 	$(CMAKE) -S examples/cpp -B build/example -GNinja -DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp"
 	$(CMAKE) --build build/example
@@ -43,14 +52,20 @@ test-cpp: .venv/packages
 test-sanitize: .venv/packages
 	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON
 	$(CMAKE) --build build/sanitize
-	build/sanitize/test_kernels
-	build/sanitize/test_ternary
-	build/sanitize/test_conditional
-	build/sanitize/test_file
-	build/sanitize/test_resume
+	set -e; for test in $(CPP_TEST_NAMES); do build/sanitize/test_$$test; done
 
-test-python: .venv/built
+test-python: .venv/built-cuda
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU: build, test and measure, in eight minutes. Writes docs/gpu.md.
+gpu: .venv/built-cuda
+	$(BIN)/python -m pytest tests/test_backends.py tests/test_gpu.py tests/test_device.py tests/test_matmul.py
+	$(BIN)/python benchmarks/gpu.py --docs
+	$(BIN)/python benchmarks/gpu_matmul.py --docs
+
+# What the GPU's kernels became: registers, spills, instructions. Writes docs/gpu.md. Needs no GPU.
+gpu-inspect: .venv/built-cuda
+	$(BIN)/python benchmarks/gpu_inspect.py --docs
 
 # About three minutes on a machine with nothing else to do; writes benchmarks/results.
 bench: .venv/built

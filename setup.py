@@ -25,6 +25,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTALLCODEC_CUDA={os.environ.get('TALLCODEC_CUDA', 'AUTO')}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)

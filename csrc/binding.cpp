@@ -17,6 +17,7 @@
 namespace py = pybind11;
 
 void bind_kernels(py::module_& m);  // binding_kernels.cpp
+void bind_gpu(py::module_& m);      // binding_gpu.cpp
 
 namespace tallcodec {
 namespace {
@@ -34,6 +35,7 @@ const char* exception_name(Status status) {
     case Status::TensorNotFound: return "TensorNotFoundError";
     case Status::Read: return "ReadError";
     case Status::Write: return "WriteError";
+    case Status::Device: return "DeviceError";
   }
   return "TallcodecError";
 }
@@ -310,6 +312,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SCOPE_BASE") = kScopeBase;
   m.attr("SCOPE_FILE") = kScopeFile;
   bind_kernels(m);
+  bind_gpu(m);
   m.def("same_bytes", [](const py::object& a, const py::object& b, uint64_t size) {
     Source x = source(a), y = source(b);
     py::gil_scoped_release release;

@@ -14,8 +14,6 @@ struct SharedBlock {
   const float* scales;
 };
 
-constexpr uint64_t kMaskBlock = 524288;  // elements
-
 // The coded bits of n elements, at most a block's; "" where none is set. None is where s is 0.
 std::string code_mask(const uint8_t* mask, const SharedBlock& s, uint64_t n);
 

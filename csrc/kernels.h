@@ -81,7 +81,15 @@ struct MaskBlock {
   const uint8_t* const* mask;  // [masks] planes of (n + 7) / 8 bytes
 };
 
+// What the coders of planes share (rans.h): a state between symbols is this or more.
+constexpr uint32_t kLeast = 1 << 16;
+
+// The coding of ternary planes (ternary.h).
+constexpr uint64_t kTernaryBlock = 262144;  // elements
+constexpr uint32_t kTernarySlotBits = 11;   // of a frequency
+
 // The coding of masks given the shared vector (conditional.h).
+constexpr uint64_t kMaskBlock = 524288;  // elements
 constexpr uint32_t kMaskBits = 12;      // a one's frequency and a zero's add up to 2^12
 constexpr uint32_t kMaskStates = 16;    // elements take turns on them
 constexpr uint32_t kMaskGroup = 64;     // elements

@@ -7,12 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "tallcodec.h"
 #include "text.h"
 
 namespace tallcodec {
-
-constexpr uint32_t kLeast = 1 << 16;  // a state between symbols is this or more
 
 // Puts a symbol on a state: its slots are `frequency` of 2^bits, from `start` on.
 inline void push_symbol(uint32_t& state, uint32_t frequency, uint32_t start, uint32_t bits,

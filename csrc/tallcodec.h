@@ -20,7 +20,8 @@ struct Kernels;
 constexpr uint32_t kNone = 0xFFFFFFFF;
 
 enum class Status {
-  Argument, Checkpoint, Format, Version, Checksum, BaseMismatch, TaskNotFound, TensorNotFound, Read, Write
+  Argument, Checkpoint, Format, Version, Checksum, BaseMismatch, TaskNotFound, TensorNotFound, Read, Write,
+  Device
 };
 
 // The one exception the core throws (beside std::bad_alloc). system_error is an errno, or 0.

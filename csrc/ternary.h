@@ -5,12 +5,10 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels.h"
 #include "rans.h"
 
 namespace tallcodec {
-
-constexpr uint64_t kTernaryBlock = 262144;  // elements
-constexpr uint32_t kTernarySlotBits = 11;   // of a frequency
 
 constexpr uint32_t kGapSymbols = 68;
 using GapCounts = std::array<uint64_t, kGapSymbols>;  // of a plane, by symbol

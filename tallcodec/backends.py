@@ -41,6 +41,14 @@ class Encoded(NamedTuple):
     nonfinite: Any  # (tasks + 1,) int32, not 0 where a task, or last the base, has NaN or infinity
 
 
+def table_of(numbers: Sequence[Any], device: Any) -> Any:
+    """64-bit numbers on a device, without waiting for it."""
+    import torch
+
+    table = torch.tensor(numbers, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 class Backend(Protocol):
     """The operations. They trust their arguments (tallcodec.gpu checks them), run on the current
     stream of the tensors' device, and wait for nothing."""

@@ -60,6 +60,10 @@ class WriteError(TallcodecError, OSError):
     """The operating system failed to write an output (a full disk, most often)."""
 
 
+class DeviceError(TallcodecError, RuntimeError):
+    """A GPU, or its driver, refused what was asked of it."""
+
+
 class SwitchError(TallcodecError, RuntimeError):
     """A model cannot be switched now, or could not be put back."""
 

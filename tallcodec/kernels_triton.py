@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backends import LANES, UNIT, Block, Encoded
+from .backends import LANES, UNIT, Block, Encoded, table_of
 
 BLOCK = 1024  # elements per program of what reads tensors, a multiple of 128
 OVERLAP_BYTES = 2048  # of a mask per program that compares masks
@@ -624,12 +624,6 @@ def launch(kernel, programs, device, *arguments, **options):
     """On the current stream of the device, and one rounding per operation: nothing is fused."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[programs](*arguments, enable_fp_fusion=False, **options)
-
-
-def table_of(numbers, device):
-    """64-bit numbers on a device, without waiting for it."""
-    table = torch.tensor(numbers, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def addresses(masks):

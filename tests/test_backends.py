@@ -21,13 +21,19 @@ GUARD = 64  # elements before and behind an output that must stay as they are
 POISON = 0x5A
 
 
-@pytest.fixture(params=["triton"])
+CUDA = "cuda" if torch.cuda.is_available() else "cuda-host"
+
+
+@pytest.fixture(params=["triton", CUDA])
 def backend(request):
     if request.param == "triton":
         pytest.importorskip("triton")
         from tallcodec.kernels_triton import TritonBackend
 
         return TritonBackend()
+    from tallcodec.kernels_cuda import CudaBackend
+
+    return CudaBackend(request.param)
 
 
 @pytest.fixture
