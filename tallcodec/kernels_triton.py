@@ -12,7 +12,7 @@ import triton.language as tl
 from .backends import LANES, UNIT, Block, Encoded, table_of
 
 BLOCK = 1024  # elements per program of what reads tensors, a multiple of 128
-OVERLAP_BYTES = 4096  # of a mask per program that compares masks
+OVERLAP_BYTES = 2048  # of a mask per program that compares masks
 TERNARY_BLOCK, MASK_BLOCK = 262144, 524288  # elements of coded planes that decode alone
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -296,7 +296,7 @@ def add_agreement(agreement, active_tasks, inside, tasks, BINS: tl.constexpr):
 
 @triton.jit
 def encode_tile(
-    base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits, published_bits,
+    base, tasks, count, merged, shared, scales, masks, stride, set_bits, published_bits,
     agreement, nonfinite, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
     BINS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -319,6 +319,7 @@ def encode_tile(
     s = store_shared(shared, scales, shared_value(s), i, inside, n, BLOCK)
 
     active_tasks = tl.zeros((BLOCK // 8, 8), tl.int32)
+    mask = masks + row
     for k in range(count):
         t = load_task(tasks, k, i, inside, DTYPE, ALIGNED)
         threshold = tl.load(tasks + 3 * k + 2).to(tl.int32).to(tl.float32, bitcast=True)
@@ -326,7 +327,8 @@ def encode_tile(
         if inside is not None:
             published &= inside
         active = published & (s != 0)
-        tl.store(masks + k * mask_stride + row, pack(active), mask=row_inside)
+        tl.store(mask, pack(active), mask=row_inside)
+        mask += stride
         active_tasks += published.to(tl.int32)
         # Three counts, 20 bits each.
         counts = active.to(tl.int64) | published.to(tl.int64) << 20
@@ -339,16 +341,16 @@ def encode_tile(
 
 @triton.jit(do_not_specialize=["count", "n"])
 def encode_kernel(
-    base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits, published_bits,
+    base, tasks, count, merged, shared, scales, masks, stride, set_bits, published_bits,
     agreement, nonfinite, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= n:
-        encode_tile(base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits,
+        encode_tile(base, tasks, count, merged, shared, scales, masks, stride, set_bits,
                     published_bits, agreement, nonfinite, n, DTYPE, ALIGNED, RULE, BINS, BLOCK,
                     True)  # fmt: skip
     else:
-        encode_tile(base, tasks, count, merged, shared, scales, masks, mask_stride, set_bits,
+        encode_tile(base, tasks, count, merged, shared, scales, masks, stride, set_bits,
                     published_bits, agreement, nonfinite, n, DTYPE, ALIGNED, RULE, BINS, BLOCK,
                     False)  # fmt: skip
 
@@ -563,10 +565,12 @@ def mask_block(data, size, shared, scales, n, mask):
         sound &= size == 12 + 2 * used + 64 + 2 * words
         sound &= (after_none <= 4096) & (after_some <= 4096)
         context = tl.arange(0, 512)
-        sound &= tl.max(read(table + 2 * context, sound & (context < used), 2), axis=0) <= 4096
+        frequencies = read(table + 2 * context, context < tl.where(sound, used, 0), 2)
+        sound &= tl.max(frequencies, axis=0) <= 4096
 
         lane = tl.arange(0, 32)
-        state = read(table + 2 * used + 4 * lane, sound & (lane < 16), 4).to(tl.uint32)
+        states = table + 2 * used + 4 * lane
+        state = read(states, lane < tl.where(sound, 16, 0), 4).to(tl.uint32)
         state = tl.where(lane < 16, state, 65536)
         sound &= tl.min(state, axis=0) >= 65536
         data += 12 + 2 * used + 64
@@ -616,9 +620,14 @@ def unpack_mask_kernel(
     tl.store(status, 1, mask=sound == 0)
 
 
-def on(tensor):
-    """The context to launch kernels on the device of a tensor in."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def launch(kernel, programs, device, *arguments, **options):
+    """On the current stream of the device, and one rounding per operation: nothing is fused."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[programs](*arguments, enable_fp_fusion=False, **options)
+
+
+def addresses(masks):
+    return table_of([mask.data_ptr() for mask in masks], masks[0].device)
 
 
 def float_bits(x):
@@ -628,7 +637,7 @@ def float_bits(x):
 
 
 class TritonBackend:
-    """backends.Backend. Every formula has one rounding per operation: nothing is fused."""
+    """backends.Backend."""
 
     name = "triton"
 
@@ -637,13 +646,12 @@ class TritonBackend:
             if not block.n:
                 continue
             first, lead = divmod(block.phase, 8)
-            aligned_rows = lead == 0 and block.row_length % 8 == 0
-            with on(block.base):
-                decode_kernel[(triton.cdiv(lead + block.n, BLOCK),)](
-                    block.base, block.out, block.mask, block.shared, block.scales,
-                    float_bits(block.scale), block.row_scales, block.row_length, block.n,
-                    first, lead, BLOCK, aligned_rows, enable_fp_fusion=False,
-                )  # fmt: skip
+            launch(
+                decode_kernel, (triton.cdiv(lead + block.n, BLOCK),), block.base.device,
+                block.base, block.out, block.mask, block.shared, block.scales,
+                float_bits(block.scale), block.row_scales, block.row_length, block.n, first, lead,
+                BLOCK=BLOCK, ALIGNED_ROWS=lead == 0 and block.row_length % 8 == 0,
+            )  # fmt: skip
 
     def encode(
         self, base: Any, tasks: Sequence[Any], thresholds: Sequence[float], shared_dtype: Any,
@@ -655,8 +663,8 @@ class TritonBackend:
         if shared_dtype == torch.int8:
             scales = torch.empty(triton.cdiv(n, 128), dtype=torch.float32, device=device)
         size = triton.cdiv(n, 8)
-        mask_stride = triton.cdiv(size, 16) * 16
-        masks = torch.empty((count, mask_stride), dtype=torch.uint8, device=device)
+        stride = triton.cdiv(size, 16) * 16  # each mask is aligned
+        masks = torch.empty((count, stride), dtype=torch.uint8, device=device)
         counts = torch.zeros(3 * count + 1, dtype=torch.int64, device=device)
         set_bits, published_bits, agreement = counts.split([count, count, count + 1])
         nonfinite = torch.zeros(count + 1, dtype=torch.int32, device=device)
@@ -664,57 +672,56 @@ class TritonBackend:
             dtypes = {task.dtype for task in tasks}
             table = table_of([(task.data_ptr(), DTYPES.index(task.dtype), float_bits(threshold))
                               for task, threshold in zip(tasks, thresholds)], device)  # fmt: skip
-            with on(base):
-                encode_kernel[(triton.cdiv(n, BLOCK),)](
-                    base, table, count, merged, shared, scales, masks, mask_stride, set_bits,
-                    published_bits, agreement, nonfinite, n,
-                    DTYPE=TRITON_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None,
-                    ALIGNED=all(task.data_ptr() % 16 == 0 for task in tasks), RULE=rule,
-                    BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK, enable_fp_fusion=False,
-                )  # fmt: skip
+            launch(
+                encode_kernel, (triton.cdiv(n, BLOCK),), device,
+                base, table, count, merged, shared, scales, masks, stride, set_bits,
+                published_bits, agreement, nonfinite, n,
+                DTYPE=TRITON_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None,
+                ALIGNED=all(task.data_ptr() % 16 == 0 for task in tasks),
+                RULE=rule, BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK,
+            )  # fmt: skip
         return Encoded(shared, scales, [mask[:size] for mask in masks], set_bits, published_bits,
                        agreement, nonfinite)  # fmt: skip
 
     def sums(self, block: Block, task: Any) -> Any:
-        units = triton.cdiv(block.n, UNIT)
-        sums = torch.empty((units, 3, LANES), dtype=torch.float64, device=block.base.device)
+        device, units = block.base.device, triton.cdiv(block.n, UNIT)
+        sums = torch.empty((units, 3, LANES), dtype=torch.float64, device=device)
         if units:
-            with on(block.base):
-                sums_kernel[(units,)](
-                    block.base, task, block.mask, block.shared, block.scales, sums, block.n,
-                    block.phase, UNIT, num_warps=1, enable_fp_fusion=False,
-                )  # fmt: skip
+            launch(
+                sums_kernel, (units,), device, block.base, task, block.mask, block.shared,
+                block.scales, sums, block.n, block.phase, UNIT=UNIT, num_warps=1,
+            )  # fmt: skip
         return sums
 
     def agreement(self, masks: Sequence[Any], n: int) -> Any:
         device, count = masks[0].device, len(masks)
         agreement = torch.zeros(count + 1, dtype=torch.int64, device=device)
         if n:
-            table = table_of([mask.data_ptr() for mask in masks], device)
-            with on(masks[0]):
-                agreement_kernel[(triton.cdiv(n, BLOCK),)](
-                    table, count, n, agreement, triton.next_power_of_2(count + 2), BLOCK
-                )
+            launch(
+                agreement_kernel, (triton.cdiv(n, BLOCK),), device, addresses(masks), count, n,
+                agreement, BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK,
+            )  # fmt: skip
         return agreement
 
     def overlap(self, masks: Sequence[Any], n: int) -> Any:
         device, count = masks[0].device, len(masks)
         pairs = torch.zeros((count, count), dtype=torch.int64, device=device)
         if n:
-            table = table_of([mask.data_ptr() for mask in masks], device)
-            with on(masks[0]):
-                overlap_kernel[(triton.cdiv(n, 8 * OVERLAP_BYTES), count)](
-                    table, count, n, pairs, OVERLAP_BYTES
-                )
+            programs = triton.cdiv(n, 8 * OVERLAP_BYTES), count
+            launch(
+                overlap_kernel, programs, device, addresses(masks), count, n, pairs,
+                BYTES=OVERLAP_BYTES,
+            )  # fmt: skip
         return pairs
 
     def consensus(self, masks: Sequence[Any], n: int, least: int) -> Any:
-        device, count = masks[0].device, len(masks)
+        device = masks[0].device
         out = torch.empty(triton.cdiv(n, 8), dtype=torch.uint8, device=device)
         if n:
-            table = table_of([mask.data_ptr() for mask in masks], device)
-            with on(masks[0]):
-                consensus_kernel[(triton.cdiv(n, BLOCK),)](table, count, n, least, out, BLOCK)
+            launch(
+                consensus_kernel, (triton.cdiv(n, BLOCK),), device, addresses(masks), len(masks),
+                n, least, out, BLOCK=BLOCK,
+            )  # fmt: skip
         return out
 
     def unpack_ternary(
@@ -722,27 +729,22 @@ class TritonBackend:
     ) -> None:
         mask.zero_()
         signs.zero_()
-        if not n:
-            return
         blocks = triton.cdiv(n, TERNARY_BLOCK)
-        with on(plane):
-            unpack_ternary_kernel[(blocks,)](
-                plane, plane.numel(), head, blocks, slots, n, mask, signs, status, TERNARY_BLOCK,
-                num_warps=1,
+        if blocks:
+            launch(
+                unpack_ternary_kernel, (blocks,), plane.device, plane, plane.numel(), head, blocks,
+                slots, n, mask, signs, status, BLOCK=TERNARY_BLOCK, num_warps=1,
             )  # fmt: skip
 
     def unpack_mask(
         self, plane: Any, n: int, shared: Any, scales: Any, mask: Any, status: Any
     ) -> None:
         mask.zero_()
-        if not n:
-            return
         blocks = triton.cdiv(n, MASK_BLOCK)
         if plane.numel() < 8 * blocks:
             status.fill_(1)
-            return
-        with on(plane):
-            unpack_mask_kernel[(blocks,)](
-                plane, plane.numel(), blocks, shared, scales, n, mask, status, MASK_BLOCK,
-                num_warps=1, enable_fp_fusion=False,
+        elif blocks:
+            launch(
+                unpack_mask_kernel, (blocks,), plane.device, plane, plane.numel(), blocks, shared,
+                scales, n, mask, status, BLOCK=MASK_BLOCK, num_warps=1,
             )  # fmt: skip

@@ -76,6 +76,7 @@ def launches() -> Iterator[tuple[str, Any]]:
         "decode-bfloat16-signs": block(bf16, signs),
         "decode-bfloat16-int8-rows": block(bf16, i8, **rows),
         "decode-bfloat16-any-rows": block(bf16, bf16, **rows | {"row_length": 129}),
+        "decode-bfloat16-of-2-to-the-32": block(bf16, bf16)._replace(n=1 << 32),
         "decode-float32-to-float16": block(f32, bf16, f16),
         "decode-bfloat16-int8-phase": block(bf16, i8, phase=37),
         "convert-float32-to-bfloat16": Block(N, floats(f32), floats(bf16)),
@@ -113,7 +114,7 @@ def variants() -> Iterator[Variant]:
     run = JITFunction.run
     launched = []
 
-    def record(kernel, *args, grid, warmup, **kwargs):
+    def record(kernel, *args, grid, warmup=False, **kwargs):
         launched.append((kernel, args, kwargs))
 
     for name, launch in launches():
