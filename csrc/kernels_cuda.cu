@@ -118,7 +118,10 @@ int clear(GpuStream to, void* memory, uint64_t bytes) {
 
 #include "gpu_launch.inc"
 
-const char* error(int number) { return cudaGetErrorString(cudaError_t(number)); }
+const char* error(int number) {
+  if (number == cudaErrorInsufficientDriver) return "there is no NVIDIA driver, or one that is too old";
+  return cudaGetErrorString(cudaError_t(number));
+}
 
 int devices() {
   int count = 0;

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tallcodec import _core
+from tallcodec import _core, backends
 from tallcodec.backends import UNIT, Block
 from tallcodec.errors import FormatError
 from tallcodec.reference import conditional, ternary
