@@ -73,9 +73,12 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     error = cudaGetDevice(&found_);
-    if (!error && found_ != device) error = cudaSetDevice(device);
+    changed_ = !error && found_ != device;
+    if (changed_) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(found_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(found_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
@@ -83,6 +86,7 @@ class OnDevice {
 
  private:
   int found_ = 0;
+  bool changed_ = false;
 };
 
 // cudaErrorInvalidResourceHandle where a stream is not the device's.
