@@ -646,11 +646,13 @@ class TritonBackend:
             if not block.n:
                 continue
             first, lead = divmod(block.phase, 8)
+            aligned_rows = lead == 0 and block.row_length % 8 == 0
             launch(
                 decode_kernel, (triton.cdiv(lead + block.n, BLOCK),), block.base.device,
                 block.base, block.out, block.mask, block.shared, block.scales,
                 float_bits(block.scale), block.row_scales, block.row_length, block.n, first, lead,
-                BLOCK=BLOCK, ALIGNED_ROWS=lead == 0 and block.row_length % 8 == 0,
+                BLOCK=BLOCK, ALIGNED_ROWS=aligned_rows,
+                num_warps=4 if aligned_rows else 8,  # a scale of each element's own takes registers
             )  # fmt: skip
 
     def encode(

@@ -262,13 +262,15 @@ class Tiles(NamedTuple):
     programs: int
 
 
-def tiles_for(rows: int, tasks: int, dtype, group: int) -> Tiles:
-    """``tasks``: to how many the rows may belong; ``group``: see matmul_kernel()."""
+def tiles_for(rows: int, tasks: int, dtype, group: int, mixed: bool) -> Tiles:
+    """``tasks``: to how many the rows may belong; ``group``: see matmul_kernel(); ``mixed``: some
+    are ternary and some have scales by row, which takes registers."""
     full = dtype == torch.float32  # no tensor cores
     m = max(16, triton.next_power_of_2(rows))
     if rows > FEW_ROWS:
         m = min(max(triton.next_power_of_2(rows // tasks), 32), 64 if full else 128)
-        tiles = Tiles(m, 64, 32, 4, 2, 2) if full else Tiles(m, 64, 64, 4, 3, 2)
+        warps = 8 if mixed else 4
+        tiles = Tiles(m, 64, 32, warps, 2, 2) if full else Tiles(m, 64, 64, warps, 3, 2)
     elif full:
         tiles = Tiles(m, 32, 64, 4, 2, 4)
     elif tasks == 1:
@@ -286,7 +288,8 @@ def _launch(x, weight, task_of_row, bias, out, rows) -> None:
     task, order, bounds = tasks, None, None
     many = torch.is_tensor(task_of_row)
     group = 8 if inner % 8 == 0 else 1
-    tiles = tiles_for(rows, tasks + 1 if many else 1, base.dtype, group)
+    mixed = weight._by_row and weight._signs is not None
+    tiles = tiles_for(rows, tasks + 1 if many else 1, base.dtype, group, mixed)
     row_tiles = triton.cdiv(rows, tiles.m)
     if not many:
         task, task_of_row = task_of_row % (tasks + 1), None

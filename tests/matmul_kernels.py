@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 def matmul_case(name, rows, tasks, dtype, shared=None, signs=False, by_row=False, group=8):
     """``tasks`` 1: one for all rows."""
-    tiles = mt.tiles_for(rows, tasks, dtype, group)
+    tiles = mt.tiles_for(rows, tasks, dtype, group, signs and by_row)
     mixed, few = tasks > 1, rows <= mt.FEW_ROWS  # few rows are split along K
     signature = {
         "x": POINTERS[dtype], "base": POINTERS[dtype], "shared": POINTERS[shared],
