@@ -317,6 +317,13 @@ bool Decoder::intact(const PlaneBytes& plane, uint64_t block, const uint8_t* byt
   return hash_block(kernels_, bytes, size) == index_.sums[plane.record->first_sum + block];
 }
 
+// Compares the hashes of whole blocks, which lie at [at, at + size).
+void Decoder::compare(const PlaneBytes& plane, uint64_t at, uint64_t size, const uint64_t* hashes) const {
+  for (uint64_t block = at / kSumBlock; block < (at + size) / kSumBlock; ++block) {
+    if (*hashes++ != index_.sums[plane.record->first_sum + block]) damaged(plane, block);
+  }
+}
+
 const uint8_t* Decoder::view(const PlaneBytes& plane, uint64_t at, uint64_t size,
                              std::vector<uint8_t>& buffer) const {
   try {
@@ -333,15 +340,18 @@ void Decoder::check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, 
   if (!options_.verify || plane.loaded) return;
   uint64_t end = at + size;
   for (uint64_t block = at / kSumBlock; block * kSumBlock < end; ++block) {
-    if (intact(plane, block, bytes + static_cast<int64_t>(block * kSumBlock - at))) continue;
-    if (plane.record->coding == PlaneCoding::External) {
-      throw Error(Status::BaseMismatch,
-                  text(file_.label(), ": the base that was given is not the one the file was ",
-                       "encoded against: it differs in ", file_.describe(plane.id)));
-    }
-    throw Error(Status::Checksum, text(file_.label(), ": damaged: wrong checksum in the ",
-                                       file_.describe(plane.id), ", block ", block));
+    if (!intact(plane, block, bytes + static_cast<int64_t>(block * kSumBlock - at))) damaged(plane, block);
   }
+}
+
+void Decoder::damaged(const PlaneBytes& plane, uint64_t block) const {
+  if (plane.record->coding == PlaneCoding::External) {
+    throw Error(Status::BaseMismatch,
+                text(file_.label(), ": the base that was given is not the one the file was ",
+                     "encoded against: it differs in ", file_.describe(plane.id)));
+  }
+  throw Error(Status::Checksum, text(file_.label(), ": damaged: wrong checksum in the ",
+                                     file_.describe(plane.id), ", block ", block));
 }
 
 // Bytes [begin, end) of a plane that the file holds, checked.
@@ -466,6 +476,20 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
   for (uint64_t at = wanted / step * step; at < wanted_end; at += step) {
     const uint64_t stop = std::min(at + step, end);
     const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffers.base);
+    if (options_.verify && stop - at == step && at >= wanted && stop <= wanted_end && !row_scales) {
+      DecodeBlock block = job.block;
+      block.n = step;
+      block.base = base;
+      block.mask = mask + (at - first) / 8;
+      block.shared = ternary ? signs + (at - first) / 8 : job.shared.source.memory + at * shared_size;
+      if (int8_scales) block.shared_scales = int8_scales + (at - first) / kScaleBlock;
+      block.out = static_cast<uint8_t*>(job.request->out) + (at - job.first) * size_of(block.out_dtype);
+      uint64_t base_hashes[4], shared_hashes[4];
+      kernels_.decode_hashed(block, base_hashes, shared_hashes);
+      compare(job.base, at * base_size, step * base_size, base_hashes);
+      if (!ternary) compare(job.shared, at * shared_size, step * shared_size, shared_hashes);
+      continue;
+    }
     check(job.base, base, at * base_size, (stop - at) * base_size);
     const uint8_t* shared = nullptr;
     if (!ternary) shared = shared_part(job, at, stop);

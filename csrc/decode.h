@@ -149,6 +149,8 @@ class Decoder {
   const uint8_t* view(const PlaneBytes& plane, uint64_t at, uint64_t size,
                       std::vector<uint8_t>& buffer) const;
   void check(const PlaneBytes& plane, const uint8_t* bytes, uint64_t at, uint64_t size) const;
+  void compare(const PlaneBytes& plane, uint64_t at, uint64_t size, const uint64_t* hashes) const;
+  [[noreturn]] void damaged(const PlaneBytes& plane, uint64_t block) const;
   const uint8_t* part(const PlaneBytes& plane, uint64_t begin, uint64_t end) const;
   std::pair<const uint8_t*, uint64_t> block(const PlaneBytes& plane, const CodedBlocks& blocks,
                                             uint64_t number) const;

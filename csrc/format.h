@@ -5,6 +5,7 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels.h"
 #include "tallcodec.h"
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -16,7 +17,6 @@ namespace tallcodec {
 constexpr uint8_t kMagic[8] = {0x89, 'T', 'A', 'L', 'L', '\r', '\n', 0x1a};
 constexpr uint32_t kVersion = 1;
 constexpr uint64_t kAlign = 64;
-constexpr uint64_t kSumBlock = 65536;  // bytes per checksum
 constexpr uint64_t kCopyChunk = 32 * kSumBlock;  // bytes at a time where nothing is computed
 constexpr uint64_t kUnit = 524288;     // elements per statistics unit; a mask's checksum block
 constexpr uint64_t kMaxZstdRatio = 32768;  // raw bytes per byte of a zstd frame, at most

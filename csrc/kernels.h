@@ -107,10 +107,15 @@ struct MaskGroup {
   const uint8_t* word;        // where kMaskGroup + 16 of the words can be read; moved behind those used
 };
 
+constexpr uint64_t kSumBlock = 65536;  // bytes per checksum
+
 struct Kernels {
   const char* name;
   void (*encode)(EncodeBlock&);
   void (*decode)(const DecodeBlock&);
+  // The same of whole checksum blocks of base and shared vector, from phase 0, and the hashes of these, one behind the
+  // other; `shared` is null, or not used, where there is no shared vector.
+  void (*decode_hashed)(const DecodeBlock&, uint64_t* base, uint64_t* shared);
   // Adds the sums of one task over a range that begins at lane 0, from stored masks: for scales per
   // row. Uses n, phase, base, shared, shared_scales and mask of the block; ignores out and scale.
   void (*sums)(const DecodeBlock&, const void* task, DType task_dtype, Sums&);

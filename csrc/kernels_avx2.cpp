@@ -224,8 +224,8 @@ uint64_t unmask(MaskGroup& g) { return kernels_scalar.unmask(g); }
 
 }  // namespace
 
-const Kernels kernels_avx2 = {"avx2",    encode,    decode,  sums, hash,
-                              agreement, consensus, overlap, zeros, unmask};
+const Kernels kernels_avx2 = {"avx2",  encode,    decode,  decode_hashed, sums,  hash,
+                                agreement, consensus, overlap, zeros,         unmask};
 
 }  // namespace tallcodec
 

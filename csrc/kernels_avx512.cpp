@@ -198,8 +198,8 @@ uint64_t unmask(MaskGroup& g) {
 
 }  // namespace
 
-const Kernels kernels_avx512 = {"avx512",  encode,    decode,  sums, hash,
-                                agreement, consensus, overlap, zeros, unmask};
+const Kernels kernels_avx512 = {"avx512",  encode,    decode,  decode_hashed, sums,  hash,
+                                agreement, consensus, overlap, zeros,         unmask};
 
 }  // namespace tallcodec
 

@@ -217,6 +217,16 @@ struct ScalarStripes {
 
 uint64_t hash(const void* data, size_t size) { return xxh3::hash<ScalarStripes>(data, size); }
 
+void hash_blocks(const void* data, uint64_t size, uint64_t* to) {
+  for (uint64_t at = 0; at < size; at += kSumBlock) *to++ = hash(static_cast<const uint8_t*>(data) + at, kSumBlock);
+}
+
+void decode_hashed(const DecodeBlock& d, uint64_t* base, uint64_t* shared) {
+  hash_blocks(d.base, d.n * size_of(d.base_dtype), base);
+  if (d.mask && d.shared_dtype != kSigns) hash_blocks(d.shared, d.n * size_of(d.shared_dtype), shared);
+  decode(d);
+}
+
 uint32_t active_tasks(const MaskBlock& b, uint64_t i) {
   uint32_t active = 0;
   for (uint32_t k = 0; k < b.masks; ++k) active += bit(b.mask[k], i);
@@ -275,7 +285,7 @@ uint64_t unmask(MaskGroup& g) {
 
 }  // namespace
 
-const Kernels kernels_scalar = {"scalar",  encode,    decode,  sums, hash,
-                                agreement, consensus, overlap, zeros, unmask};
+const Kernels kernels_scalar = {"scalar",  encode,    decode,  decode_hashed, sums,  hash,
+                                agreement, consensus, overlap, zeros,         unmask};
 
 }  // namespace tallcodec

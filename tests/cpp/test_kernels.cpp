@@ -411,6 +411,60 @@ void test_decode_and_sums() {
   }
 }
 
+// What decoding whole checksum blocks gives: their elements, then the blocks' hashes.
+std::vector<char> decode_hashed(const Kernels& kernels, const Stored& s, size_t gap) {
+  const auto moved = [&](std::vector<char> bytes) {
+    bytes.insert(bytes.begin(), gap, 0);
+    return bytes;
+  };
+  const std::vector<char> base = moved(s.base), shared = moved(s.shared), scales = moved(s.scales), mask = moved(s.mask);
+  std::vector<char> out(s.n * size_of(s.other_dtype) + gap);
+  const size_t base_blocks = s.base.size() / kSumBlock;
+  const size_t shared_blocks = s.masked && s.shared_dtype != kSigns ? s.shared.size() / kSumBlock : 0;
+  std::vector<uint64_t> of_base(base_blocks + 1, 7), of_shared(shared_blocks + 1, 7);
+  DecodeBlock d{};
+  d.n = s.n;
+  d.base = base.data() + gap;
+  d.base_dtype = s.base_dtype;
+  d.shared_dtype = s.shared_dtype;
+  d.scale = s.scale;
+  d.out_dtype = s.other_dtype;
+  d.out = out.data() + gap;
+  if (s.masked) {
+    d.shared = shared.data() + gap;
+    d.shared_scales = reinterpret_cast<const float*>(scales.data() + gap);
+    d.mask = reinterpret_cast<const uint8_t*>(mask.data() + gap);
+  }
+  kernels.decode_hashed(d, of_base.data(), of_shared.data());
+  check(of_base[base_blocks] == 7 && of_shared[shared_blocks] == 7, "%s gives more hashes than blocks", kernels.name);
+  out.erase(out.begin(), out.begin() + ptrdiff_t(gap));
+  for (const auto& hashes : {of_base, of_shared}) {
+    const char* const bytes = reinterpret_cast<const char*>(hashes.data());
+    out.insert(out.end(), bytes, bytes + hashes.size() * sizeof(uint64_t));
+  }
+  return out;
+}
+
+void test_decode_hashed() {
+  Random random(11);
+  for (DType base : kFloats) {
+    for (DType shared : kStored) {
+      for (bool masked : {true, false}) {
+        Stored s = random_stored(random, kSumBlock, base, shared, kFloats[random.below(3)], kSpecial);
+        s.first = 0;
+        s.masked = masked;
+        const std::vector<char> expected = decode_hashed(kernels_scalar, s, 0);
+        const uint64_t first = kernels_scalar.hash(s.base.data(), kSumBlock);
+        check(std::memcmp(&expected[s.n * size_of(s.other_dtype)], &first, sizeof first) == 0, "hash of a block");
+        for (const Kernels* const* k = available_kernels(); *k; ++k) {
+          check(decode_hashed(**k, s, 4 * random.below(3)) == expected, "%s decode_hashed base=%d shared=%d masked=%d",
+                (*k)->name, int(base), int(shared), int(masked));
+        }
+      }
+    }
+  }
+}
+
 // What the counting kernels say of some masks, and of a shared vector.
 struct Counted {
   std::vector<uint64_t> agreement, overlap;
@@ -684,6 +738,7 @@ int main() {
   test_zeros();
   test_encode();
   test_decode_and_sums();
+  test_decode_hashed();
   test_denormals();
   test_float_environment();
   for (const Kernels* const* k = available_kernels(); *k; ++k) std::printf("%s ", (*k)->name);
