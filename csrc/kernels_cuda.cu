@@ -73,9 +73,12 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     error = cudaGetDevice(&found_);
-    if (!error && found_ != device) error = cudaSetDevice(device);
+    changed_ = !error && found_ != device;
+    if (changed_) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(found_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(found_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
@@ -83,6 +86,7 @@ class OnDevice {
 
  private:
   int found_ = 0;
+  bool changed_ = false;
 };
 
 // cudaErrorInvalidResourceHandle where a stream is not the device's.
@@ -118,7 +122,10 @@ int clear(GpuStream to, void* memory, uint64_t bytes) {
 
 #include "gpu_launch.inc"
 
-const char* error(int number) { return cudaGetErrorString(cudaError_t(number)); }
+const char* error(int number) {
+  if (number == cudaErrorInsufficientDriver) return "there is no NVIDIA driver, or one that is too old";
+  return cudaGetErrorString(cudaError_t(number));
+}
 
 int devices() {
   int count = 0;

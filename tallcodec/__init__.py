@@ -27,8 +27,8 @@ from .version import __version__
 
 
 def __getattr__(name: str):
-    if name == "dcp":  # which imports PyTorch
-        return importlib.import_module(".dcp", __name__)
+    if name in ("dcp", "gpu"):  # which import PyTorch
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

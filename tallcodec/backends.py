@@ -13,6 +13,7 @@ from .errors import ArgumentError
 
 UNIT = 524288  # elements of a tensor for which statistics are summed in one go, lane by lane
 LANES = 16
+_OLDEST = 8, 0  # compute capability that the CUDA kernels are built for
 
 
 class Block(NamedTuple):
@@ -166,9 +167,10 @@ def choose(device: Any) -> Backend | None:
         except ArgumentError as error:
             missing.append(f"{candidate}: {error}")
             continue
-        if device.type in {where.split(":")[0] for where in _devices(candidate)}:
+        flaw = _flaw(candidate, device)
+        if not flaw:
             return found
-        missing.append(f"{candidate}: it does not run there")
+        missing.append(f"{candidate}: {flaw}")
     raise ArgumentError(
         f"nothing here decodes to {device} ({'; '.join(missing)}); TALLCODEC_BACKEND=cpu decodes "
         "on the CPU and copies"
@@ -194,6 +196,18 @@ def _devices(name: str) -> tuple[str, ...]:
     found = tuple(f"cuda:{k}" for k in range(torch.cuda.device_count()))
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return ("cpu", *found) if interpreted else found
+
+
+def _flaw(name: str, device: Any) -> str:
+    """Why a back-end that is here does not decode to a device, or ""."""
+    if device.type not in {where.split(":")[0] for where in _devices(name)}:
+        return "it does not run there"
+    if name == "cuda":
+        import torch
+
+        if torch.cuda.get_device_capability(device) < _OLDEST:
+            return "its kernels are for compute capability {}.{} and more".format(*_OLDEST)
+    return ""
 
 
 def _require(name: str, *modules: str) -> None:

@@ -137,6 +137,12 @@ class Planes:
         """How many the task's own planes take."""
         return sum(self._sizes.values())
 
+    def recipe(self, tensor: int) -> Recipe:
+        """How a whole tensor is made, for work that is queued on the current stream next."""
+        for memory in self._memories:
+            memory.use()
+        return self._recipes[tensor]
+
     def decode(self, targets: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Decode whole tensors: (number, flat memory on the device)."""
         for memory in self._memories:

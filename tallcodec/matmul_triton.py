@@ -1,6 +1,6 @@
 """y = x · Wᵀ with the weight of the task that each row of x belongs to, decoded on the fly.
 
-    weight = TaskWeight(base, [TaskPlanes(mask, scale=g), ...], shared)
+    weight = TaskWeight.load(file, "layers.0.mlp.up.weight")
     y = matmul(x, weight, task_of_row)
 
 Many fine-tuned tasks are served from one resident base: no task's weight is ever in memory.
@@ -16,7 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _core, numbers
+from .backends import choose
 from .errors import ArgumentError, TensorMismatchError
+from .file import File
+from .tensors import torch_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_ROWS = 32  # so many rows share one tile of the weight, whatever their tasks
@@ -49,6 +53,36 @@ class TaskWeight:
     tasks: Sequence[TaskPlanes]
     shared: torch.Tensor | None = None  # N · K values, or int8
     scales: torch.Tensor | None = None  # (⌈N · K / 128⌉,) float32, of an int8 shared vector
+
+    @classmethod
+    def load(cls, file: File, name: str, tasks: Sequence[str] | None = None, device="cuda"):
+        """The weight ``name`` of an open file, and what makes it that of ``tasks`` (all of them, in
+        the file's order), on a device, packed.
+
+        Raises ArgumentError for a task that has another weight altogether, stored as it is, and
+        what :meth:`tallcodec.File.load` raises.
+        """
+        if choose(torch.device(device)) is None:
+            raise ArgumentError(f"products are for GPUs, not for planes on {device}")
+        tasks = file.tasks if tasks is None else tasks
+        tensor = file._file.original(file._tensor(name))
+        dtype, shape, _ = file._info(_core.NONE, tensor)
+        kept = {task: file._load(task, [name], device)._planes for task in (None, *tasks)}
+        base = kept[None].recipe(tensor).copied.view(torch_dtype(dtype)).view(shape)
+        planes, shared, scales = [], None, None
+        for task in tasks:
+            coding = file._file.entries(file._number(task))[tensor]["coding"]
+            if coding == numbers.BASE:
+                planes.append(TaskPlanes())
+                continue
+            if coding not in (numbers.MASK, numbers.TERNARY):
+                raise ArgumentError(f"task {task!r} has a {name!r} of its own, stored as it is")
+            (block,) = kept[task].recipe(tensor).blocks
+            signs = block.shared if coding == numbers.TERNARY else None
+            if signs is None:
+                shared, scales = block.shared, block.scales
+            planes.append(TaskPlanes(block.mask, signs, block.scale, block.row_scales))
+        return cls(base, planes, shared, scales)
 
     def __post_init__(self):
         self._check()

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tallcodec import _core
+import tallcodec
+from tallcodec import _core, errors
 from tallcodec.errors import ArgumentError, TensorMismatchError
 
 torch = pytest.importorskip("torch")
@@ -278,3 +279,46 @@ def test_arguments_that_do_not_fit():
     ]:
         with pytest.raises(TensorMismatchError, match="expected"):
             mt.matmul(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda" if DEVICE == "cuda" else "cuda-host"])
+@pytest.mark.parametrize("coding", ["raw", "entropy"])
+def test_weights_of_a_file(encode, monkeypatch, backend, coding):
+    """Of tasks that follow the shared vector, are ternary, and are the base."""
+    if backend == "triton" and coding == "entropy" and DEVICE == "cpu":
+        pytest.skip("the interpreter is slow")
+    random = np.random.default_rng(0)
+    base = random.standard_normal((40, 72)).astype(np.float32)
+    tasks = {name: base + random.standard_normal(base.shape).astype(np.float32) * 0.1
+             for name in ("cars", "dtd", "svhn")} | {"same": base}
+    head = {"head": np.ones(3, np.float32)}  # differs, so that no task is empty
+    path = encode({"w": base, **head}, {name: {"w": w, "head": head["head"] * k}
+                                        for k, (name, w) in enumerate(tasks.items())},
+                  method={"cars": "tall", "dtd": "ternary", "svhn": "tall", "same": "tall"},
+                  shared_dtype="int8", scale="unit-gain-row", coding=coding)
+    monkeypatch.setenv("TALLCODEC_BACKEND", backend)
+    x = torch.from_numpy(random.standard_normal((5, 72)).astype(np.float32)).to(DEVICE)
+    with tallcodec.open(path) as file:
+        weight = mt.TaskWeight.load(file, "w", device=DEVICE)
+        rows = [0, 1, 2, 3, -1]
+        y = mt.matmul(x, weight, torch.tensor(rows, device=DEVICE))
+        for row, k in enumerate(rows):
+            dense = file.decode(None if k < 0 else file.tasks[k], ["w"])["w"]
+            expected = dense.double() @ x[row].cpu().double()
+            assert torch.allclose(y[row].cpu().double(), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(errors.TaskNotFoundError):
+            mt.TaskWeight.load(file, "w", ["boats"], DEVICE)
+
+
+def test_a_weight_that_is_stored_as_it_is(encode, monkeypatch):
+    monkeypatch.setenv("TALLCODEC_BACKEND", "cuda" if DEVICE == "cuda" else "cuda-host")
+    base = np.ones((4, 8), np.float32)
+    odd = base.copy()
+    odd[0, 0] = np.nan
+    path = encode({"w": base}, {"cars": {"w": odd}, "dtd": {"w": base * 2}})
+    with tallcodec.open(path) as file:
+        with pytest.raises(ArgumentError, match="'cars' has a 'w' of its own"):
+            mt.TaskWeight.load(file, "w", device=DEVICE)
+        monkeypatch.setenv("TALLCODEC_BACKEND", "cpu")
+        with pytest.raises(ArgumentError, match="products are for GPUs"):
+            mt.TaskWeight.load(file, "w", device="cpu")
