@@ -156,10 +156,10 @@ def choose(device: Any) -> Backend | None:
     Raises ArgumentError where there is none.
     """
     name = forced()
-    if device.type == "cpu":
-        return _backend(name) if name and "cpu" in _devices(name) and name != "cpu" else None
     if name == "cpu":
         return None
+    if device.type == "cpu":
+        return _backend(name) if name and "cpu" in _devices(name) else None
     missing = []
     for candidate in [name] if name else ["cuda", "triton"]:
         try:
@@ -180,7 +180,12 @@ def choose(device: Any) -> Backend | None:
 @functools.cache
 def _backend(name: str) -> Backend:
     """Raises ArgumentError, which says why it is not there."""
-    return _MAKERS[name]()
+    try:
+        return _MAKERS[name]()
+    except ArgumentError:
+        raise
+    except Exception as error:  # whatever a broken installation raises
+        raise ArgumentError(f"it cannot be used: {error}") from error
 
 
 def _devices(name: str) -> tuple[str, ...]:
@@ -215,10 +220,8 @@ def _require(name: str, *modules: str) -> None:
 
 def _triton() -> Backend:
     _require("triton", "torch", "triton")
-    try:
-        from .kernels_triton import TritonBackend
-    except ImportError as error:
-        raise ArgumentError(f"Triton cannot be imported: {error}") from error
+    from .kernels_triton import TritonBackend
+
     return TritonBackend()
 
 
