@@ -36,6 +36,11 @@ class BaseMismatchError(TallcodecError, ValueError):
     """The base that was given is not the base the file was encoded against."""
 
 
+class TaskMismatchError(TallcodecError, ValueError):
+    """A checkpoint is not the one that a task was encoded from, or the task does not decode to what
+    its file says of it."""
+
+
 class TaskNotFoundError(TallcodecError, KeyError):
     """The file has no task of that name."""
 
