@@ -22,6 +22,7 @@ from .info import FileInfo, TaskInfo, Verification
 from .merging import MergeInfo, merge
 from .stats import FileStats, stats
 from .switcher import Switcher, SwitchMetrics
+from .tasks import add, compact, remove
 from .version import __version__
 
 
@@ -33,6 +34,6 @@ def __getattr__(name: str):
 
 __all__ = [
     "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics", "Switcher",
-    "TallcodecError", "TaskInfo", "Verification", "__version__", "encode", "errors", "hf", "merge",
-    "open", "stats", "verify", "vllm",
+    "TallcodecError", "TaskInfo", "Verification", "__version__", "add", "compact", "encode",
+    "errors", "hf", "merge", "open", "remove", "stats", "verify", "vllm",
 ]  # fmt: skip
