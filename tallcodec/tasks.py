@@ -147,8 +147,8 @@ def remove(path: str | os.PathLike, tasks: Iterable[str]) -> FileInfo:
     if isinstance(tasks, str) or not isinstance(tasks, Iterable):
         raise ArgumentError(f"tasks must be a list of names, not {tasks!r}")
     gone = list(tasks)
-    if not gone:
-        raise ArgumentError("no tasks: name at least one")
+    if not gone or not all(isinstance(task, str) for task in gone):
+        raise ArgumentError(f"name at least one task, not {gone!r}")
     with _changing(path) as change:
         for task in gone:
             if task not in change.tasks:
