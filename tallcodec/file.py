@@ -28,7 +28,7 @@ from .errors import (
 from .info import FileInfo, Verification, read_info
 from .machine import check_threads
 from .progress import Progress, check_progress
-from .tensors import DTYPES, pread, refuse_changed
+from .tensors import DTYPES, is_changed, pread, refuse_changed
 
 # What is mapped counts as the process's memory: of a file that is larger, the pages that were read
 # are let go of whenever a quarter of this has been decoded.
@@ -130,8 +130,8 @@ class File:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
                 try:
                     self._core = _core.File(self._label, data)
-                    self._seen = self._stat
                     self._header = data[:192]
+                    self._seen = os.fstat(file.fileno())  # what is written from now on is noticed
                     return data
                 except FormatError:
                     if os.fstat(file.fileno()).st_size <= len(data):
@@ -287,16 +287,16 @@ class File:
             now = os.stat(self._path)
         except OSError:
             return
-        then = self._seen
-        if not os.path.samestat(now, then):
+        if not os.path.samestat(now, self._stat):
             return
-        if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size) and self._is_longer():
-            self._seen = now
+        if not is_changed(self._seen, now) or not is_changed(self._stat, now):
             return
-        refuse_changed(self._label, then, now)
+        if not self._is_extended():
+            refuse_changed(self._label, self._stat, now)
+        self._seen = now
 
-    def _is_longer(self) -> bool:
-        """Whether a file that was written to has all that it had in its place, and more: what an
+    def _is_extended(self) -> bool:
+        """Whether a file that was written to has its index where it was, and more: what an
         addition, a removal, or a part of one leaves."""
         offset, size = self._file.index_range()
         with builtins.open(self._path, "rb", buffering=0) as file:
@@ -305,8 +305,8 @@ class File:
                 return False
             header = os.pread(file.fileno(), len(self._header), 0)
             index = pread(file, size, offset)
-        same = _core.kernels.hash(index) == self._file.identity()
-        return same and (length != self._seen.st_size or header != self._header)
+        more = length > self._file.size() or header != self._header
+        return more and _core.kernels.hash(index) == self._file.identity()
 
     def close(self) -> None:
         self._core = self._base = self._map = None

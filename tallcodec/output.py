@@ -92,7 +92,7 @@ def changed_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 file = stack.enter_context(open(os.path.realpath(path), "r+b", buffering=0))
             except FileNotFoundError as error:
                 raise WriteError(error.errno, f"{path}: there is no such file") from error
-            lock(file, path)
+            stack.enter_context(_locked(file, path))
             # Whoever had it may have put another one in its place.
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 break
@@ -109,13 +109,13 @@ def replaced_file(path: str | os.PathLike) -> Iterator[None]:
     except OSError:  # there is none, or none that anybody could change who cannot read it
         yield
         return
-    with file:
-        lock(file, path)
+    with file, _locked(file, path):
         yield
 
 
-def lock(file: BinaryIO, path: str | os.PathLike) -> None:
-    """Keep others from changing a file until it is closed. Raises WriteError where another has it
+@contextmanager
+def _locked(file: BinaryIO, path: str | os.PathLike) -> Iterator[None]:
+    """Keep others from a file that they, too, would lock. Raises WriteError where another has it
     so; there are file systems without locks, on which nobody is kept from anything."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,6 +123,11 @@ def lock(file: BinaryIO, path: str | os.PathLike) -> None:
         raise WriteError(error.errno, f"{path}: another process is writing it") from error
     except OSError:
         pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # closing is not enough where the file is mapped, too
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def check_output(path: str | os.PathLike, overwrite: bool) -> None:
