@@ -29,9 +29,13 @@ void fill(const Draft& d, const DraftTensor& t, const Survey& survey, uint64_t s
   for (uint64_t at = 0; at < n; at += stride * kBlock) {
     values.read(at, std::min(kBlock, n - at));
     const MergeBlock block = merger.block(values, std::min(kBlock, n - at));
-    merge(block, s);
-    for (uint64_t i = 0; i < block.n; ++i) s[i] = shared_value(s[i]);
-    round_to_shared(t.shared_dtype, block.n, s);
+    if (t.is_stored()) {
+      read_shared(d, t, at, block.n, s);
+    } else {
+      merge(block, s);
+      for (uint64_t i = 0; i < block.n; ++i) s[i] = shared_value(s[i]);
+      round_to_shared(t.shared_dtype, block.n, s);
+    }
     for (uint32_t k : tasks) add_ratios(block, k, s, ratios[k].data());
   }
 }

@@ -11,6 +11,7 @@
 
 #include "decode.h"
 #include "encode.h"
+#include "extend.h"
 #include "format.h"
 #include "kernels.h"
 #include "text.h"
@@ -401,6 +402,20 @@ PYBIND11_MODULE(_core, m) {
            py::arg("least_bits") = false, py::arg("code_masks") = false,
            py::arg("code_ternary") = true, py::arg("trials") = 1)
       .def("keep_journal", &Encoder::keep_journal)
+      .def("extend", &Encoder::extend, py::call_guard<py::gil_scoped_release>())
+      .def("set_base", [](Encoder& e, uint32_t tensor, const py::object& from) { e.set_base(tensor, source(from)); })
+      .def("check_stored",
+           [](const Encoder& e, unsigned threads, py::object progress) {
+             Options o = options(threads, true, py::none(), std::move(progress));
+             py::gil_scoped_release release;
+             e.check_stored(o);
+           })
+      .def("withdraw", &Encoder::withdraw)
+      .def("cost",
+           [](const Encoder& e, uint32_t task) {
+             const Encoder::Cost c = e.cost(task);
+             return py::make_tuple(c.bits, c.elements, c.tau_sq, c.error_sq);
+           })
       .def("add_task", &Encoder::add_task)
       .def("add_tensor",
            [](Encoder& e, std::string name, bool in_base, int dtype, std::vector<uint64_t> shape,
@@ -448,6 +463,13 @@ PYBIND11_MODULE(_core, m) {
       .def("add_metadata", &Encoder::add_metadata)
       .def("finish", &Encoder::finish, py::call_guard<py::gil_scoped_release>());
 
+  m.def("compact", [](int from, int to, std::string label, std::string writer, unsigned threads,
+                      py::object progress) {
+    Options o = options(threads, true, py::none(), std::move(progress));
+    py::gil_scoped_release release;
+    return compact(from, to, std::move(label), std::move(writer), o);
+  });
+
   py::class_<Loaded>(m, "Loaded").def("bytes", &Loaded::bytes);
   py::class_<DevicePlan>(m, "DevicePlan").def("tensors", device_tensors);
   py::class_<BufferFile>(m, "File")
@@ -460,6 +482,15 @@ PYBIND11_MODULE(_core, m) {
       .def("tensors", tensors)
       .def("entries", entries)
       .def("planes", planes)
+      .def("free", [](const BufferFile& f) {
+        std::vector<std::pair<uint64_t, uint64_t>> out;
+        for (const FreeRange& r : f.index().free) out.emplace_back(r.offset, r.size);
+        return out;
+      })
+      .def("index_range", [](const BufferFile& f) {
+        const Range r = f->index_range();
+        return py::make_tuple(r.offset, r.size);
+      })
       .def("files", files)
       .def("metadata", metadata)
       .def("find_task", [](const BufferFile& f, std::string_view name) { return f->find_task(name); })

@@ -17,13 +17,13 @@ void Draft::place() {
   bool embed = recipe.storage == BaseStorage::Embedded;
   for (DraftTensor& t : tensors) {
     uint64_t size = t.elements() * size_of(t.record.dtype);
-    if (!t.record.in_base || t.record.alias != kNone || !size) continue;
+    if (t.is_stored() || !t.record.in_base || t.record.alias != kNone || !size) continue;
     t.record.base_plane =
         embed ? reserve(PlaneKind::Base, size)
               : reserve(PlaneKind::Base, PlaneCoding::External, 0, size);
   }
   for (DraftTensor& t : tensors) {
-    if (t.coded().empty()) continue;
+    if (t.is_stored() || t.coded().empty()) continue;
     t.record.shared_dtype = t.shared_dtype;
     t.record.shared_plane = reserve(PlaneKind::Shared, t.elements() * size_of(t.shared_dtype));
     if (t.shared_dtype == DType::I8) {
@@ -154,7 +154,7 @@ bool Draft::leave_out(DraftTensor& t, bool base_nonfinite, const std::vector<uin
     leave_out(t.entries[coded[k]].record, base_nonfinite);
     any = true;
   }
-  if (t.coded().empty()) {
+  if (t.coded().empty() && !t.is_stored()) {
     t.record.shared_dtype = DType{};
     drop(t.record.shared_plane);
     drop(t.record.shared_scales_plane);
@@ -171,10 +171,12 @@ void Draft::clear(uint64_t offset, uint64_t size) const {
 }
 
 void Draft::write(const void* data, uint64_t size, uint64_t offset) const {
+  if (offset < begin) throw Error(Status::Write, text(label, ": would be written over"));
   write_all(fd, label, data, size, offset);
 }
 
 uint64_t Draft::finish() {
+  if (original) join(*this);
   Index index;
   auto string = [&](const std::string& s) {
     if (index.strings.size() + s.size() > UINT32_MAX) {
@@ -203,22 +205,19 @@ uint64_t Draft::finish() {
     }
   }
   auto numbered = [&](uint32_t plane) { return plane == kNone ? kNone : number[plane]; };
+  std::vector<FreeRange> free;
   for (const DraftPlane& p : planes) {
     if (!p.dropped || !p.record.size) continue;
     uint64_t size = align64(p.record.size);
-    clear(p.record.offset, size);
-    if (!index.free.empty() &&
-        index.free.back().offset + index.free.back().size == p.record.offset) {
-      index.free.back().size += size;
-    } else {
-      index.free.push_back({p.record.offset, size});
-    }
+    if (p.record.offset >= begin) clear(p.record.offset, size);  // others may still be read
+    free.push_back({p.record.offset, size});
   }
+  index.free = free_ranges(*this, std::move(free));
 
   index.header.writer = string(writer);
   index.header.base_storage = recipe.storage;
   index.header.merge = recipe.merge;
-  index.header.scale = recipe.scale;
+  index.header.scale = original ? original->index.header.scale : recipe.scale;
   for (const DraftTensor& t : tensors) {
     TensorRecord r = t.record;
     r.name = string(t.name);
@@ -276,6 +275,7 @@ uint64_t Draft::finish() {
     throw Error(Status::Argument, text(label, ": too many tensors and tasks for one file"));
   }
   std::string bytes = write_index(index);
+  if (original) return commit(*this, bytes);
   uint64_t file_size = end + bytes.size();
   Header header = write_header(end, bytes, file_size);
   write(bytes.data(), bytes.size(), end);

@@ -2,11 +2,13 @@
 #pragma once
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "encode.h"
+#include "extend.h"
 #include "float_environment.h"
 #include "journal.h"
 #include "parallel.h"
@@ -33,6 +35,12 @@ struct DraftTensor {
   Source base;
   std::vector<DraftEntry> entries;  // one per task
   std::vector<uint64_t> counts;
+  // Where a file is changed: the number of the tensor there whose base and shared vector this one has.
+  uint32_t stored = kNone;
+  bool untied = false;  // which it was an alias of
+
+  // Whether base and shared vector are in the file already, and stay as they are.
+  bool is_stored() const { return stored != kNone; }
 
   uint64_t elements() const {
     return std::accumulate(shape.begin(), shape.end(), uint64_t{1}, std::multiplies<>());
@@ -71,7 +79,9 @@ struct Draft {
   std::vector<DraftPlane> planes;
   std::vector<std::pair<FileRecord, std::string>> files;
   std::vector<DraftMeta> metas;
-  uint64_t end = sizeof(Header);  // where the next plane goes
+  std::optional<Original> original;  // where a file is changed
+  uint64_t begin = 0;                // what is before it is not written
+  uint64_t end = sizeof(Header);     // where the next plane goes
   uint64_t masks = 0;             // where the masks begin
   const Kernels* kernels = nullptr;
   Journal journal;

@@ -118,7 +118,10 @@ void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress&
   const auto count = static_cast<uint32_t>(coded.size());  // of all trials
   const uint32_t in_trial = count / d.recipe.trials;
   const uint64_t first = unit * kUnit, n = std::min(kUnit, t.elements() - first);
-  const uint32_t base_size = size_of(t.record.dtype), shared_size = size_of(t.shared_dtype);
+  // A shared vector that is there already is taken as a decoder has it, not stored anew.
+  const bool stored = t.is_stored();
+  const DType shared_dtype = stored ? DType::F32 : t.shared_dtype;
+  const uint32_t base_size = size_of(t.record.dtype), shared_size = size_of(shared_dtype);
   const bool per_row = d.recipe.scale == ScaleMode::UnitGainRow;
   // As many elements at a time as fill a checksum block of the base: the buffers of a few tasks
   // then stay in cache from read to kernel. Scales per row look at a unit's values once more, so
@@ -145,7 +148,7 @@ void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress&
   block.base_dtype = t.record.dtype;
   block.task = values.task.data();
   block.task_dtype = values.dtype.data();
-  block.shared_dtype = t.shared_dtype;
+  block.shared_dtype = shared_dtype;
   block.rule = rule_of(d.recipe.method);
   block.agreement = agreement.data();
 
@@ -154,12 +157,16 @@ void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress&
     buffers.values.read(first + at, block.n);
     block.base = values.base;
     block.shared = buffers.shared.data() + at * shared_size;
-    if (t.shared_dtype == DType::I8) {
+    if (shared_dtype == DType::I8) {
       block.shared_scales = progress.shared_scales.data() + (first + at) / kScaleBlock;
     }
-    if (d.recipe.merge != Merge::TaskArithmetic) {  // the kernels add up themselves
+    if (stored || d.recipe.merge != Merge::TaskArithmetic) {  // the kernels add up themselves
       buffers.merged.resize(std::max<size_t>(buffers.merged.size(), block.n));
-      merge(merger.block(values, block.n), buffers.merged.data());
+      if (stored) {
+        read_shared(d, t, first + at, block.n, buffers.merged.data());
+      } else {
+        merge(merger.block(values, block.n), buffers.merged.data());
+      }
       block.merged = buffers.merged.data();
     }
     for (uint32_t k = 0; k < count; ++k) masks[k] = buffers.mask[k].data() + at / 8;
@@ -169,9 +176,9 @@ void encode_unit(Draft& d, const DraftTensor& t, const Survey& survey, Progress&
       block.stats = &stats[k];
       d.kernels->encode(block);
     }
-    d.put(t.record.base_plane, (first + at) * base_size, block.base, block.n * base_size);
+    if (!stored) d.put(t.record.base_plane, (first + at) * base_size, block.base, block.n * base_size);
   }
-  d.put(t.record.shared_plane, first * shared_size, buffers.shared.data(), n * shared_size);
+  if (!stored) d.put(t.record.shared_plane, first * shared_size, buffers.shared.data(), n * shared_size);
   for (uint32_t k = 0; k < count; ++k) {
     d.put(t.entries[coded[k]].record.plane, first / 8, buffers.mask[k].data(), (n + 7) / 8);
   }
@@ -229,6 +236,7 @@ bool settle(Draft& d, DraftTensor& t, Progress& progress) {
     e.dot = total.dot;
     e.approx_sq = total.approx_sq;
   }
+  if (t.is_stored()) return false;  // its counts would take the other tasks
   if (t.shared_dtype == DType::I8) {
     d.put(t.record.shared_scales_plane, 0, progress.shared_scales.data(),
         progress.shared_scales.size() * sizeof(float));
@@ -294,7 +302,50 @@ void Encoder::keep_journal(int fd, std::string label, std::string maker) {
 uint32_t Encoder::add_task(std::string name, float threshold, bool ternary) {
   const Method method = ternary ? Method::Ternary : draft_->recipe.method;
   draft_->tasks.push_back({std::move(name), threshold, method});
+  for (DraftTensor& t : draft_->tensors) {
+    t.entries.emplace_back();
+    if (t.record.alias == kNone) t.entries.back().record = absent_entry();
+  }
   return static_cast<uint32_t>(draft_->tasks.size() - 1);
+}
+
+void Encoder::extend(std::vector<uint32_t> kept, const std::vector<std::string>& more,
+                     const std::vector<std::string>& untied) {
+  Draft& d = *draft_;
+  adopt(d, std::move(kept), more, untied);
+  // What an interrupted change has left is not to be between the planes. Whoever looks at the file's size sees from
+  // now on that it is being changed, and never the old size.
+  d.resize(d.end + kAlign);
+  d.clear(d.end, kAlign);
+}
+
+void Encoder::set_base(uint32_t tensor, Source base) { draft_->tensors.at(tensor).base = base; }
+
+void Encoder::check_stored(const Options& options) const { tallcodec::check_stored(*draft_, options); }
+
+void Encoder::withdraw() const { tallcodec::withdraw(*draft_); }
+
+Encoder::Cost Encoder::cost(uint32_t task) const {
+  const Draft& d = *draft_;
+  Cost cost;
+  const auto add_plane = [&](uint32_t plane) {
+    if (plane != kNone) cost.bits += 8 * static_cast<double>(d.planes[plane].record.size);
+  };
+  for (const DraftTensor& t : d.tensors) {
+    if (t.record.alias != kNone) continue;
+    const EntryRecord& e = t.entries[task].record;
+    const bool coded = e.coding == Coding::Mask || e.coding == Coding::Ternary;
+    const bool zero = e.coding == Coding::Base && is_arithmetic(t.record.dtype);
+    if (coded || zero) cost.elements += static_cast<double>(t.elements());
+    if (!coded) continue;
+    add_plane(e.plane);
+    add_plane(e.scales_plane);
+    Moments m{e.tau_sq, e.dot, e.approx_sq};
+    if (e.coding == Coding::Mask && d.recipe.scale == ScaleMode::None) m = scaled(m, unit_gain(m));
+    cost.tau_sq += m.tau_sq;
+    cost.error_sq += m.tau_sq - 2 * m.dot + m.approx_sq;
+  }
+  return cost;
 }
 
 uint32_t Encoder::add_tensor(std::string name, bool in_base, DType dtype,
@@ -312,9 +363,7 @@ uint32_t Encoder::add_tensor(std::string name, bool in_base, DType dtype,
   t.record.alias = alias;
   t.entries.resize(draft_->tasks.size());
   for (DraftEntry& e : t.entries) {
-    if (alias != kNone) continue;
-    e.record.coding = Coding::Absent;
-    e.record.plane = e.record.scales_plane = kNone;
+    if (alias == kNone) e.record = absent_entry();
   }
   draft_->tensors.push_back(std::move(t));
   return static_cast<uint32_t>(draft_->tensors.size() - 1);
@@ -357,7 +406,8 @@ void Encoder::run(const Options& options) {
   std::vector<uint32_t> left;  // tensors that are not encoded yet
   for (uint32_t i = 0; i < d.tensors.size(); ++i) {
     const DraftTensor& t = d.tensors[i];
-    if (t.record.base_plane != kNone && !d.journal.has(Journal::Step::Encoded, i)) left.push_back(i);
+    const bool to_do = t.is_stored() ? !t.coded().empty() : t.record.base_plane != kNone;
+    if (to_do && !d.journal.has(Journal::Step::Encoded, i)) left.push_back(i);
   }
   std::vector<std::unique_ptr<Progress>> progress(d.tensors.size());
   std::vector<Buffers> buffers(std::max(1u, options.threads));

@@ -39,6 +39,22 @@ class Encoder {
   // that is encoded, and how.
   void keep_journal(int fd, std::string label, std::string maker);
 
+  // First of all: `fd` is no empty file but a complete one that is to be changed (extend.h), and that nobody else
+  // changes meanwhile. Of its tasks these stay, its merge, scale and base storage too. Its tensors are there, and
+  // those of the names `more`, which its base lacks, numbered in ascending order of all names; add_task adds tasks
+  // behind, which are numbered from 0 on until all is done. A tensor gets no shared vector that it has not.
+  void extend(std::vector<uint32_t> kept, const std::vector<std::string>& more, const std::vector<std::string>& untied);
+  void set_base(uint32_t tensor, Source base);  // in place of the file's; needed where that has none
+  void check_stored(const Options& options) const;
+  void withdraw() const;  // takes back what was written, where nothing comes of it
+
+  // What the masks and ternary planes of a task take and leave, after run().
+  struct Cost {
+    double bits = 0, elements = 0;  // elements: those coded so, and those in arithmetic that equal the base's
+    double tau_sq = 0, error_sq = 0;  // at unit gain
+  };
+  Cost cost(uint32_t task) const;
+
   // A task is coded by the recipe's method or in ternary planes. `threshold` is lambda; of ternary
   // planes it is the bits per parameter, or 0: the recipe's density decides. The other methods find
   // what they store in its place.

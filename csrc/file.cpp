@@ -24,6 +24,7 @@ File::File(std::string label, uint64_t file_size, Fetch fetch)
   Slot slot = read_header(label_, head ? fetch_(0, head) : nullptr, head, file_size);
   identity_ = slot.index_hash;
   size_ = slot.file_size;
+  index_range_ = {slot.index_offset, slot.index_size};
   index_ = std::make_shared<Index>(
       read_index(label_, fetch_(slot.index_offset, slot.index_size), slot.index_size, slot));
 }

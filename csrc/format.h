@@ -138,6 +138,13 @@ struct MetaRecord {
 };
 static_assert(sizeof(MetaRecord) == 24);
 
+inline EntryRecord absent_entry() {
+  EntryRecord e{};
+  e.coding = Coding::Absent;
+  e.plane = e.scales_plane = kNone;
+  return e;
+}
+
 // The index in memory: the same records, in vectors.
 struct Index {
   IndexHeader header{};
@@ -180,6 +187,8 @@ Index read_index(const std::string& label, const void* data, uint64_t size, cons
 // The sum of a plane's block of `size` bytes, at most kSumBlock, with its padding if it has none yet.
 uint64_t hash_block(const Kernels& kernels, const uint8_t* bytes, uint64_t size);
 uint64_t hash_slot(const Header& header, const Slot& slot);
+Slot make_slot(const Header& header, uint64_t sequence, uint64_t index_offset, std::string_view index,
+               uint64_t file_size);
 // Throws Error(Status::Write).
 void write_all(int fd, const std::string& label, const void* data, uint64_t size, uint64_t offset);
 std::string write_index(Index& index);  // fills in the header's counts

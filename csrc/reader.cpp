@@ -363,9 +363,7 @@ class Validator {
   void entry(const EntryRecord& e, const TensorRecord& t, Method method, const Who& who) const {
     if (e.coding > Coding::Ternary) return;  // of a newer writer; refused when it is asked for
     if (e.coding == Coding::Absent) {
-      EntryRecord bare{};
-      bare.coding = Coding::Absent;
-      bare.plane = bare.scales_plane = kNone;
+      const EntryRecord bare = absent_entry();
       require(std::memcmp(&e, &bare, sizeof e) == 0, who, " is absent but has properties");
       return;
     }

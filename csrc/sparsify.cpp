@@ -223,7 +223,8 @@ class Selection {
 // The planes of one task.
 class Sparsifier {
  public:
-  Sparsifier(Draft& d, uint32_t task, const Options& options) : d_(d), task_(task), options_(options) {}
+  Sparsifier(Draft& d, uint32_t task, const Options& options)
+      : d_(d), task_(task), options_(options), alone_(d.tasks[task].method == Method::Ternary) {}
 
   void run() {
     uint64_t elements = 0;  // of the whole task vector
@@ -235,7 +236,7 @@ class Sparsifier {
         candidates_.emplace_back();
         candidates_.back().tensor = i;
         candidates_.back().elements = t.elements();
-      } else if (coding == Coding::Base && is_arithmetic(t.record.dtype)) {
+      } else if (alone_ && coding == Coding::Base && is_arithmetic(t.record.dtype)) {
         elements += t.elements();
       }
     }
@@ -341,7 +342,11 @@ class Sparsifier {
     std::vector<Curve> curves;
     for (const Candidate& c : candidates_) curves.push_back({c.elements, &c.hull});
     const DraftTask& task = d_.tasks[task_];
-    const Budget budget{task.threshold, d_.recipe.density, d_.recipe.least_bits, static_cast<double>(elements)};
+    Budget budget{task.threshold, d_.recipe.density, d_.recipe.least_bits, static_cast<double>(elements)};
+    if (!alone_) {
+      budget.bits = 1;
+      budget.least = true;
+    }
     const std::vector<uint64_t> kept = allocate(budget, curves, text("task '", task.name, "'"));
     for (size_t i = 0; i < kept.size(); ++i) candidates_[i].kept = kept[i];
   }
@@ -529,6 +534,7 @@ class Sparsifier {
   Draft& d_;
   const uint32_t task_;
   const Options& options_;
+  const bool alone_;  // the task has no masks
   std::vector<Candidate> candidates_;
   std::mutex mutex_;
 };
@@ -538,7 +544,10 @@ class Sparsifier {
 void sparsify(Draft& draft, const Options& options) {
   for (uint32_t task = 0; task < draft.tasks.size(); ++task) {
     const bool done = draft.journal.has(Journal::Step::Sparsified, task);
-    if (draft.tasks[task].method != Method::Ternary || done) continue;
+    const bool any = std::any_of(draft.tensors.begin(), draft.tensors.end(), [&](const DraftTensor& t) {
+      return t.record.alias == kNone && t.entries[task].record.coding == Coding::Ternary;
+    });
+    if (done || !(any || draft.tasks[task].method == Method::Ternary)) continue;
     Sparsifier(draft, task, options).run();
     Journal::Changes changes;
     for (uint32_t i = 0; i < draft.tensors.size(); ++i) {

@@ -4,7 +4,8 @@
 
 namespace tallcodec {
 
-// Fills in every entry of coding Ternary and appends its plane, by task and tensor. Tensors of tasks in
+// Fills in every entry of coding Ternary and appends its plane, by task and tensor. Those of a task with masks, where
+// there is no shared vector, have one bit per element, as a mask would. Tensors of tasks in
 // which NaN or infinity turns up become verbatim. Reads their values twice, or three times where
 // what is kept ends within a bin of magnitudes. Throws Error(Status::Argument) where the
 // bits or the density asked for are less than one element of every tensor takes.

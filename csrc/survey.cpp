@@ -177,6 +177,7 @@ MergeBlock Merger::block(const Values& values, uint64_t n) const {
 Survey survey(Draft& draft, const Options& options) {
   const Recipe& recipe = draft.recipe;
   const bool ties = recipe.merge == Merge::Ties;
+  if (draft.original) return {};  // whose shared vectors are made
   if (!ties && recipe.method != Method::Magnitude) return {};
   Surveyor surveyor(draft, options);
   Survey found;

@@ -125,6 +125,7 @@ class File {
 
   const Index& index() const { return *index_; }
   uint64_t identity() const { return identity_; }  // the index's checksum
+  Range index_range() const { return index_range_; }
   uint64_t size() const { return size_; }  // where the file ends; bytes behind it are ignored
   const std::string& label() const { return label_; }
   std::vector<std::string> tasks() const;    // their names, by number
@@ -159,6 +160,7 @@ class File {
   std::string label_;
   Fetch fetch_;
   uint64_t identity_, size_;
+  Range index_range_;
   std::shared_ptr<const Index> index_;
 };
 

@@ -76,18 +76,24 @@ uint64_t hash_slot(const Header& header, const Slot& slot) {
   return find_kernels("scalar")->hash(bytes, sizeof bytes);
 }
 
-Header write_header(uint64_t index_offset, std::string_view index, uint64_t file_size) {
-  Header header{};
-  std::memcpy(header.magic, kMagic, sizeof kMagic);
-  header.version = kVersion;
-  header.header_size = sizeof header;
-  Slot& slot = header.slot[0];
-  slot.sequence = 1;
+Slot make_slot(const Header& header, uint64_t sequence, uint64_t index_offset, std::string_view index,
+               uint64_t file_size) {
+  Slot slot{};
+  slot.sequence = sequence;
   slot.index_offset = index_offset;
   slot.index_size = index.size();
   slot.index_hash = find_kernels("scalar")->hash(index.data(), index.size());
   slot.file_size = file_size;
   slot.slot_hash = hash_slot(header, slot);
+  return slot;
+}
+
+Header write_header(uint64_t index_offset, std::string_view index, uint64_t file_size) {
+  Header header{};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  header.version = kVersion;
+  header.header_size = sizeof header;
+  header.slot[0] = make_slot(header, 1, index_offset, index, file_size);
   return header;
 }
 

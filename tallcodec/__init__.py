@@ -23,6 +23,7 @@ from .info import FileInfo, TaskInfo, Verification
 from .merging import MergeInfo, merge
 from .stats import FileStats, stats
 from .switcher import Switcher, SwitchMetrics
+from .tasks import add, compact, remove
 from .version import __version__
 
 
@@ -34,6 +35,6 @@ def __getattr__(name: str):
 
 __all__ = [
     "BackendInfo", "File", "FileInfo", "FileStats", "Loaded", "MergeInfo", "SwitchMetrics",
-    "Switcher", "TallcodecError", "TaskInfo", "Verification", "__version__", "backends", "encode",
-    "errors", "hf", "merge", "open", "stats", "verify", "vllm",
+    "Switcher", "TallcodecError", "TaskInfo", "Verification", "__version__", "add", "backends",
+    "compact", "encode", "errors", "hf", "merge", "open", "remove", "stats", "verify", "vllm",
 ]  # fmt: skip

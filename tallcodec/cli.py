@@ -1,4 +1,4 @@
-"""The `tallcodec` command: encode, inspect, decode, merge, stats, verify."""
+"""The `tallcodec` command: encode, add, remove, compact, inspect, decode, merge, stats, verify."""
 
 import argparse
 import contextlib
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import encoding, merging, numbers
+from . import encoding, merging, numbers, tasks
 from . import file as tall
 from .errors import ArgumentError, TallcodecError
 from .progress import bar
@@ -118,6 +118,36 @@ def _parser() -> argparse.ArgumentParser:
                      help="keep what is done if it is interrupted, and go on with what was kept")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+    sub = command("add", _add, "Add fine-tuned checkpoints to a file; what is there stays.")
+    sub.add_argument("path", help="a .tall file")
+    sub.add_argument("--task", action="append", required=True, metavar="NAME=CHECKPOINT",
+                     help="a fine-tuned checkpoint; once per task")  # fmt: skip
+    sub.add_argument("--base", help=f"the base, where the file only references it: {checkpoint}")
+    sub.add_argument("--method", action="append", metavar="[NAME=]METHOD",
+                     help="how the new tasks are coded, all or one (others: auto): tall, masks of "
+                     "the file's shared vector; ternary; auto, whichever leaves the smaller error "
+                     "at equal bits (default: auto)")  # fmt: skip
+    sub.add_argument("--threshold", action="append", metavar="[NAME=]NUMBER",
+                     help="λ of the masks, for all tasks or for one (the others then have "
+                     "0.4, as published); default: auto, masks adapted to the weights")  # fmt: skip
+    sub.add_argument("--bits", action="append", metavar="[NAME=]NUMBER",
+                     help="bits per parameter of tasks whose --method is ternary, of all or of one "
+                     f"(default: {encoding.BITS})")  # fmt: skip
+    sub.add_argument("--coding", default="auto", choices=encoding.CODINGS,
+                     help="of masks and ternary planes; auto: masks as the file's are, ternary "
+                     "planes entropy coded")  # fmt: skip
+    sub.add_argument("--rebuild", action="store_true",
+                     help="encode all of the file anew, with its own options, from --base and the "
+                     "checkpoints of all its tasks and of the new ones")  # fmt: skip
+
+    sub = command("remove", _remove, "Remove tasks from a file; compact then reclaims their space.")
+    sub.add_argument("path", help="a .tall file")
+    sub.add_argument("--task", action="append", required=True, metavar="NAME",
+                     help="a task's name, as inspect shows it; once per task")  # fmt: skip
+
+    sub = command("compact", _compact, "Reclaim the space of removed tasks.")
+    sub.add_argument("path", help="a .tall file")
+
     sub = command("inspect", _inspect, "Show what a file holds and what it costs.")
     sub.add_argument("path", help="a .tall file")
 
@@ -175,6 +205,33 @@ def _encode(a: argparse.Namespace) -> tuple[dict, str]:
         resume=a.resume,
         overwrite=a.overwrite,
     )
+    return info.to_dict(), str(info)
+
+
+def _add(a: argparse.Namespace) -> tuple[dict, str]:
+    new = _pairs("--task", a.task)
+    info = tasks.add(
+        a.path,
+        new,
+        base=a.base,
+        method=_per_task("--method", a.method or ["auto"], new, "auto", str),
+        threshold=_threshold(a.threshold or ["auto"], new),
+        bits=_bits(a.bits, new),
+        coding=a.coding,
+        rebuild=a.rebuild,
+        threads=a.threads,
+        progress=a.progress,
+    )
+    return info.to_dict(), str(info)
+
+
+def _remove(a: argparse.Namespace) -> tuple[dict, str]:
+    info = tasks.remove(a.path, a.task)
+    return info.to_dict(), str(info)
+
+
+def _compact(a: argparse.Namespace) -> tuple[dict, str]:
+    info = tasks.compact(a.path, threads=a.threads, progress=a.progress)
     return info.to_dict(), str(info)
 
 

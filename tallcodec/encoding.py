@@ -22,7 +22,7 @@ from .file import label
 from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
-from .output import Partial, atomic_file, check_output, resumable_file
+from .output import Partial, atomic_file, check_output, replaced_file, resumable_file
 from .progress import Progress, check_progress
 from .tensors import Tensor
 from .thresholds import (
@@ -137,14 +137,14 @@ def encode(
     ReadError (also where a checkpoint's file was written to meanwhile), OutputExistsError or
     WriteError.
     """
-    _choose("merge", merge, numbers.MERGES)
-    _check_tasks(tasks)
+    choose("merge", merge, numbers.MERGES)
+    check_tasks(tasks)
     methods = _methods(method, tasks)
     mask_method = next((m for m in methods.values() if m != "ternary"), "ternary")
-    _choose("scale", scale, SCALES)
-    _choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
-    _choose("base_storage", base_storage, numbers.BASE_STORAGES)
-    _choose("coding", coding, CODINGS)
+    choose("scale", scale, SCALES)
+    choose("shared_dtype", shared_dtype, numbers.SHARED_DTYPES)
+    choose("base_storage", base_storage, numbers.BASE_STORAGES)
+    choose("coding", coding, CODINGS)
     if mask_method != "tall" and threshold != "auto" and threshold != "search":
         raise ArgumentError(f'threshold is for method "tall", not {mask_method!r}')
     grid_ = _check_search(threshold, target, score, grid, out, mask_method)
@@ -153,9 +153,9 @@ def encode(
     sparse = [task for task in tasks if task not in masked]
     targets = _targets(target, bits, sparse, tasks)
     searched = sparse if targets else masked if grid_ else []
-    thresholds = {} if searched == masked else _thresholds(threshold, masked, tasks)
+    thresholds = {} if searched == masked else thresholds_of(threshold, masked, tasks)
     shares_density = merge == "ties" or mask_method == "magnitude"
-    thresholds |= {} if targets else _bits(bits, density, sparse, tasks, shares_density)
+    thresholds |= {} if targets else bits_of(bits, density, sparse, tasks, shares_density)
     if density is not None and not (shares_density or sparse):
         raise ArgumentError('density is for merge "ties", method "magnitude" and "ternary"')
     density = DENSITY if density is None else density
@@ -169,6 +169,8 @@ def encode(
     refuse_input_as_output(output, (base, *tasks.values()))
     check_output(output, overwrite)
     with contextlib.ExitStack() as stack:
+        if overwrite:
+            stack.enter_context(replaced_file(output))
         base_checkpoint = stack.enter_context(open_checkpoint(base))
         checkpoints = [stack.enter_context(open_checkpoint(task)) for task in tasks.values()]
         ternary = [task in sparse for task in tasks]
@@ -212,7 +214,10 @@ def encode(
             partial = Partial(stack.enter_context(atomic_file(output, overwrite)))
         file = partial.file
         encoder = family.encode(partial, label(output), thresholds_, recipe, maker)
-        _add_side_data(encoder, base_checkpoint, checkpoints, metadata)
+        for key, value in metadata.items():
+            encoder.add_metadata(_core.SCOPE_FILE, key, value)
+        scopes = (_core.SCOPE_BASE, base_checkpoint), *enumerate(checkpoints)
+        add_side_data(encoder, scopes, {})
         encoder.finish()
         # What a reader would refuse is not to appear under the name.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -266,7 +271,7 @@ class _Family(NamedTuple):
         names = _names(self.base, self.tasks)
         _plan(encoder, names, self, trials)
         encoder.run(self.threads, self.progress, self.drop_cache)
-        _append_verbatim(encoder, names, self.tasks)
+        append_verbatim(encoder, names, self.tasks)
         for checkpoint in (self.base, *self.tasks):
             checkpoint.check_unchanged()
         return encoder
@@ -321,13 +326,13 @@ def _scale(scale: str, adapted: bool) -> str:
     return "unit-gain" if adapted else "none"
 
 
-def _choose(name: str, value: str, choices: Iterable[str]) -> None:
+def choose(name: str, value: str, choices: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ArgumentError(f"{name} must be one of {known}, not {value!r}")
 
 
-def _check_tasks(tasks: Mapping) -> None:
+def check_tasks(tasks: Mapping) -> None:
     if not isinstance(tasks, Mapping):
         raise ArgumentError(f"tasks must map names to checkpoints, not be a {type(tasks).__name__}")
     if not tasks:
@@ -340,18 +345,18 @@ def _check_tasks(tasks: Mapping) -> None:
 def _methods(method: str | Mapping[str, str], tasks: Mapping) -> dict[str, str]:
     """The method of every task, by name in task order."""
     if isinstance(method, Mapping):
-        _check_names("method", method, tasks)
+        check_names("method", method, tasks)
         methods = {task: method[task] for task in tasks}
     else:
         methods = dict.fromkeys(tasks, method)
     for value in methods.values():
-        _choose("method", value, METHODS)
+        choose("method", value, METHODS)
     if {"tall", "magnitude"} <= set(methods.values()):
         raise ArgumentError('method: one file has masks of "tall" or of "magnitude", not of both')
     return methods
 
 
-def _bits(
+def bits_of(
     bits: float | Mapping[str, float] | None,
     density: float | None,
     ternary: list[str],
@@ -367,7 +372,7 @@ def _bits(
     if density is not None and not shares_density:
         raise ArgumentError("give bits or density, not both")
     if isinstance(bits, Mapping):
-        _check_names("bits", bits, ternary, all_tasks)
+        check_names("bits", bits, ternary, all_tasks)
     return {
         task: _check_bits(bits[task] if isinstance(bits, Mapping) else bits) for task in ternary
     }
@@ -387,7 +392,7 @@ def _targets(
     if bits is not None:
         raise ArgumentError("target finds the bits: give none")
     if isinstance(target, Mapping):
-        _check_names("target", target, ternary, all_tasks)
+        check_names("target", target, ternary, all_tasks)
     found = {task: target[task] if isinstance(target, Mapping) else target for task in ternary}
     for value in found.values():
         if not _is_number(value) or not math.isfinite(value):
@@ -406,7 +411,7 @@ def _fewest(task: str, grid: list[float], scores: list[float], target: float) ->
     )
 
 
-def _check_names(
+def check_names(
     argument: str, given: Mapping, tasks: Iterable[str], all_tasks: Iterable[str] | None = None
 ) -> None:
     """Refuse a mapping that does not name the tasks it is for, or names what is no task."""
@@ -418,7 +423,7 @@ def _check_names(
         )
 
 
-def _thresholds(
+def thresholds_of(
     threshold: float | Mapping[str, float] | str, tasks: list[str], all_tasks: Iterable[str]
 ) -> dict[str, float]:
     """λ of every task that has masks, by name; anything where they are adapted."""
@@ -430,7 +435,7 @@ def _thresholds(
             )
         return dict.fromkeys(tasks, 0.0)
     if isinstance(threshold, Mapping):
-        _check_names("threshold", threshold, tasks, all_tasks)
+        check_names("threshold", threshold, tasks, all_tasks)
         return {name: check_threshold(threshold[name]) for name in tasks}
     return dict.fromkeys(tasks, check_threshold(threshold))
 
@@ -496,7 +501,7 @@ def _plan(
     """Tell the encoder every tensor, and what each task's becomes."""
     base, tasks = family.base, family.tasks
     for checkpoint in (base, *tasks):
-        _check_names_and_shapes(checkpoint)
+        check_names_and_shapes(checkpoint)
     for task in tasks:
         if not base.tensors.keys() & task.tensors.keys():
             raise CheckpointError(
@@ -517,7 +522,7 @@ def _plan(
                 numbers.DTYPES[ours.dtype],
                 ours.shape,
                 numbers.DTYPES[shared],
-                _source(ours),
+                source_of(ours),
                 _core.NONE if alias is None else number[alias],
             )
         if alias is not None:
@@ -525,7 +530,7 @@ def _plan(
         for i, task in enumerate(tasks):
             theirs = task.tensors.get(name)
             if theirs is not None:
-                coding, reason = _classify(ours, theirs)
+                coding, reason = classify(ours, theirs)
                 if coding == numbers.MASK and family.ternary[i]:
                     coding = numbers.TERNARY
                 for trial in range(trials):
@@ -536,11 +541,11 @@ def _plan(
                         numbers.DTYPES[theirs.dtype],
                         theirs.shape,
                         numbers.REASONS[reason],
-                        _source(theirs),
+                        source_of(theirs),
                     )
 
 
-def _check_names_and_shapes(checkpoint: Checkpoint) -> None:
+def check_names_and_shapes(checkpoint: Checkpoint) -> None:
     """Refuse what docs/format.md has no room for."""
     for name, tensor in checkpoint.tensors.items():
         where = f"{checkpoint.label}: tensor {name!r}"
@@ -557,13 +562,13 @@ def _names(base: Checkpoint, tasks: list[Checkpoint]) -> list[str]:
     return sorted(base.tensors.keys() | {name for task in tasks for name in task.tensors})
 
 
-def _classify(base: Tensor | None, task: Tensor) -> tuple[int, str]:
+def classify(base: Tensor | None, task: Tensor) -> tuple[int, str]:
     """The coding of a task's tensor, and why where it is verbatim."""
     if base is None:
         return numbers.VERBATIM, "not in the base"
     if base.shape != task.shape:
         return numbers.VERBATIM, "another shape than in the base"
-    if base.dtype == task.dtype and _same_bytes(base, task):
+    if base.dtype == task.dtype and same_bytes(base, task):
         return numbers.BASE, ""
     arithmetic = base.dtype in numbers.ARITHMETIC and task.dtype in numbers.ARITHMETIC
     if not arithmetic or not base.nbytes:
@@ -580,7 +585,7 @@ def _aliases(base: Checkpoint, tasks: list[Checkpoint]) -> dict[str, str]:
             if x is None or y is None:
                 if x is not y:
                     return False
-            elif (x.dtype, x.shape) != (y.dtype, y.shape) or not _same_bytes(x, y):
+            elif (x.dtype, x.shape) != (y.dtype, y.shape) or not same_bytes(x, y):
                 return False
         return True
 
@@ -589,7 +594,7 @@ def _aliases(base: Checkpoint, tasks: list[Checkpoint]) -> dict[str, str]:
     for name, tensor in base.tensors.items():
         if not tensor.nbytes:
             continue
-        beginning = _core.read_source(_source(tensor), min(tensor.nbytes, 4096))
+        beginning = _core.read_source(source_of(tensor), min(tensor.nbytes, 4096))
         earlier = candidates.setdefault((tensor.dtype, tensor.shape, beginning), [])
         original = next((other for other in earlier if tied(other, name)), None)
         if original is None:
@@ -599,7 +604,7 @@ def _aliases(base: Checkpoint, tasks: list[Checkpoint]) -> dict[str, str]:
     return aliases
 
 
-def _append_verbatim(
+def append_verbatim(
     encoder: _core.Encoder, names: list[str], tasks: list[Checkpoint]
 ) -> None:
     for task, tensor in encoder.verbatim():
@@ -612,13 +617,12 @@ def _append_verbatim(
         encoder.append_verbatim(task, tensor, zstd, stored, len(raw))
 
 
-def _add_side_data(
-    encoder: _core.Encoder, base: Checkpoint, tasks: list[Checkpoint], metadata: dict[str, str]
+def add_side_data(
+    encoder: _core.Encoder, scopes: Iterable[tuple[int, Checkpoint]], planes: dict[bytes, int]
 ) -> None:
-    for key, value in metadata.items():
-        encoder.add_metadata(_core.SCOPE_FILE, key, value)
-    planes: dict[bytes, int] = {}  # files of equal content share one
-    for scope, checkpoint in ((_core.SCOPE_BASE, base), *enumerate(tasks)):
+    """Metadata and small files of the base, or of tasks. Files of equal content share a plane:
+    ``planes`` are those there are."""
+    for scope, checkpoint in scopes:
         for key, value in checkpoint.metadata.items():
             encoder.add_metadata(scope, key, value)
         for name, content in sorted(checkpoint.files.items()):
@@ -636,9 +640,9 @@ def _compress(raw) -> tuple[bool, Any]:
     return (True, frame) if 16 * len(frame) <= 15 * len(raw) else (False, raw)
 
 
-def _source(tensor: Tensor) -> tuple[int, int]:
+def source_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.fd, tensor.offset
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return _core.same_bytes(_source(a), _source(b), a.nbytes)
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return _core.same_bytes(source_of(a), source_of(b), a.nbytes)

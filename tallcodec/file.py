@@ -30,7 +30,7 @@ from .errors import (
 from .info import FileInfo, Verification, read_info
 from .machine import check_threads
 from .progress import Progress, check_progress
-from .tensors import DTYPES, refuse_changed
+from .tensors import DTYPES, is_changed, pread, refuse_changed
 
 # What is mapped counts as the process's memory: of a file that is larger, the pages that were read
 # are let go of whenever a quarter of this has been decoded.
@@ -53,8 +53,10 @@ def open(
     it. ``threads``: for decoding; default, one per CPU. ``verify=False`` leaves the checksums of
     what is decoded unchecked (never those of header and index).
 
-    The file is mapped: replace it by renaming another over it, as everything here does. One that is
-    cut short in place while it is open ends the process.
+    The file is mapped: replace it by renaming another over it, as everything here does, or change
+    it by :func:`tallcodec.add` and :func:`tallcodec.remove`, which leave what is there in its
+    place: what is open stays what it was. One that is cut short in place while it is open ends the
+    process.
 
     Raises FormatError (VersionError, ChecksumError) when it is not a sound `.tall` file,
     ReadError when it cannot be read, and what opening a checkpoint raises for ``base``.
@@ -107,10 +109,7 @@ class File:
         self._label = label(path)
         self._base_source = os.path.abspath(base) if isinstance(base, (str, os.PathLike)) else base
         try:
-            with builtins.open(self._path, "rb") as file:
-                self._stat = os.fstat(file.fileno())
-                size = self._stat.st_size
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            data = self._open()
         except OSError as error:
             message = f"{self._label}: cannot be read: {error.strerror}"
             if error.errno == errno.EISDIR:
@@ -119,12 +118,28 @@ class File:
         self._map = data or None
         self._decoded = 0  # since pages were let go of
         self._on_device: dict[Any, Any] = {}  # planes that tasks share there: device.Residents
-        self._core = _core.File(self._label, data)
         if base is not None:
             self._base = open_checkpoint(base)
             # Not before the last decoding that uses it has ended: see close.
             weakref.finalize(self._base, self._base._inputs.close)
         self._tasks = [task["name"] for task in self._core.tasks()]
+
+    def _open(self) -> mmap.mmap | bytes:
+        """The mapped file, parsed. It may grow before its header is read, and be longer by it than
+        what is mapped."""
+        with builtins.open(self._path, "rb", buffering=0) as file:
+            while True:
+                self._stat = os.fstat(file.fileno())
+                size = self._stat.st_size
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+                try:
+                    self._core = _core.File(self._label, data)
+                    self._header = data[:192]
+                    self._seen = os.fstat(file.fileno())  # what is written from now on is noticed
+                    return data
+                except FormatError:
+                    if os.fstat(file.fileno()).st_size <= len(data):
+                        raise
 
     @property
     def tasks(self) -> list[str]:
@@ -289,7 +304,7 @@ class File:
     def check_unchanged(self) -> None:
         """Raise ReadError where the file, or the base, was written to in place since it was opened:
         what is read of it is no longer what was checked. One that was replaced by a rename stays as
-        it was."""
+        it was; to one that tasks were added to, or removed from, nothing was done that matters."""
         base = self._base  # kept, and so its descriptors, until this is done
         if base is not None:
             base.check_unchanged()
@@ -297,8 +312,26 @@ class File:
             now = os.stat(self._path)
         except OSError:
             return
-        if os.path.samestat(now, self._stat):
+        if not os.path.samestat(now, self._stat):
+            return
+        if not is_changed(self._seen, now) or not is_changed(self._stat, now):
+            return
+        if not self._is_extended():
             refuse_changed(self._label, self._stat, now)
+        self._seen = now
+
+    def _is_extended(self) -> bool:
+        """Whether a file that was written to has its index where it was, and more: what an
+        addition, a removal, or a part of one leaves."""
+        offset, size = self._file.index_range()
+        with builtins.open(self._path, "rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            if length < self._file.size():
+                return False
+            header = os.pread(file.fileno(), len(self._header), 0)
+            index = pread(file, size, offset)
+        more = length > self._file.size() or header != self._header
+        return more and _core.kernels.hash(index) == self._file.identity()
 
     def close(self) -> None:
         self._core = self._base = self._map = None

@@ -80,6 +80,8 @@ class FileInfo:
     """Stored bytes by kind: "base", "shared", "mask", "ternary", "scales", "verbatim", "file"."""
     overhead: int
     """Bytes of the file in no plane: header, index, padding and free ranges."""
+    reclaimable: int
+    """Bytes that :func:`tallcodec.compact` gives back: free ranges, and what is behind the end."""
     metadata: dict[str, str]
     tasks: list[TaskInfo]
     scores: dict[str, dict[float, float]]
@@ -101,7 +103,8 @@ class FileInfo:
             f"base {self.base_storage}, merge {self.merge}, scale {self.scale}, "
             f"{self.models:.3f} × the base for base and tasks together; written by {self.writer}",
             "bytes: " + ", ".join(f"{kind} {_size(n)}" for kind, n in self.planes.items())
-            + f", else {_size(self.overhead)}",
+            + f", else {_size(self.overhead)}"
+            + (f", of these {_size(self.reclaimable)} to reclaim" if self.reclaimable else ""),
             "",
         ]  # fmt: skip
         if self.metadata:
@@ -188,6 +191,7 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
         base_bytes=base_bytes,
         planes={kind: count for kind, count in stored.items() if count},
         overhead=size - sum(stored.values()),
+        reclaimable=size - file.size() + sum(length for _, length in file.free()),
         metadata={k: v for k, v in metadata.items() if k != SCORES},
         scores=_scores(metadata.get(SCORES)),
         tasks=[_task_info(file, i, task, tensors, planes) for i, task in enumerate(file.tasks())],

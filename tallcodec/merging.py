@@ -20,6 +20,7 @@ from .file import open as open_file
 from .numbers import name_of
 from .output import check_output
 from .progress import Progress, check_progress
+from .stats import by_masks
 from .thresholds import best, check_score
 
 METHODS = ("consensus", *numbers.MERGES)
@@ -273,7 +274,7 @@ class _Merger:
         self._method = method
         self._vector = name_of(file._file.header()["merge"], numbers.MERGES)
         tasks = len(file.tasks)
-        ternary = [t.name for t in file.info.tasks if t.method == "ternary"]
+        ternary = [t.name for t in file.info.tasks if t.tensors["ternary"]]
         if ternary:
             raise ArgumentError(
                 f"{file._label} cannot be merged: what it has of {', '.join(map(repr, ternary))} "
@@ -325,9 +326,14 @@ class _Merger:
         entries = [core.entries(k) for k in range(len(tasks))]
         kept, partly, dropped = [], {}, []
         parameters = active = 0
-        for i, tensor in enumerate(core.tensors()):
-            parameters += sum(tensor["agreement"])
-            active += sum(tensor["agreement"][self._min_tasks :])
+        tensors = core.tensors()
+        uncounted = [i for i, t in enumerate(tensors) if t["shared_dtype"] and not t["agreement"]]
+        found = core.count_masks(uncounted, self._file._threads, self._file._check)
+        by_tensor = dict(zip(uncounted, map(by_masks, found)))
+        for i, tensor in enumerate(tensors):
+            counts = tensor["agreement"] or by_tensor.get(i, [])
+            parameters += sum(counts)
+            active += sum(counts[self._min_tasks :])
             codings = [task[core.original(i)]["coding"] for task in entries]
             verbatim = [task for task, c in zip(tasks, codings) if c == numbers.VERBATIM]
             if not tensor["in_base"]:

@@ -17,7 +17,7 @@ METHODS = {"tall": 1, "magnitude": 2, "adapted": 3, "ternary": 4}
 PLANES = {
     "base": 1, "shared": 2, "mask": 3, "ternary": 4, "scales": 5, "verbatim": 6, "file": 7,
 }  # fmt: skip
-RAW, ZSTD, EXTERNAL = range(3)  # a plane's coding
+RAW, ZSTD, EXTERNAL, GAPS, CONDITIONAL = range(5)  # a plane's coding
 BASE, MASK, VERBATIM, ABSENT, TERNARY = range(5)  # an entry's coding
 REASONS = {
     "": 0,

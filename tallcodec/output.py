@@ -78,6 +78,58 @@ def resumable_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator
         sync_folder(target.parent)
 
 
+@contextmanager
+def changed_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """An existing file, open for reading and writing, that no one else who asks so may change or
+    replace meanwhile. Readers need not ask.
+
+    Raises WriteError: at once while another does, and where the file is missing or may not be
+    written.
+    """
+    with write_errors(path), ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(open(os.path.realpath(path), "r+b", buffering=0))
+            except FileNotFoundError as error:
+                raise WriteError(error.errno, f"{path}: there is no such file") from error
+            stack.enter_context(_locked(file, path))
+            # Whoever had it may have put another one in its place.
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+            stack.close()
+        yield file
+
+
+@contextmanager
+def replaced_file(path: str | os.PathLike) -> Iterator[None]:
+    """Keep others from changing a file, where there is one, that is to be replaced: what they did
+    would be lost. Raises WriteError where one does."""
+    try:
+        file = open(path, "rb", buffering=0)
+    except OSError:  # there is none, or none that anybody could change who cannot read it
+        yield
+        return
+    with file, _locked(file, path):
+        yield
+
+
+@contextmanager
+def _locked(file: BinaryIO, path: str | os.PathLike) -> Iterator[None]:
+    """Keep others from a file that they, too, would lock. Raises WriteError where another has it
+    so; there are file systems without locks, on which nobody is kept from anything."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise WriteError(error.errno, f"{path}: another process is writing it") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # closing is not enough where the file is mapped, too
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def check_output(path: str | os.PathLike, overwrite: bool) -> None:
     """Raise OutputExistsError where :func:`atomic_file` would, as far as can be told beforehand."""
     if not overwrite and os.path.lexists(path):

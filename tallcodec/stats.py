@@ -61,7 +61,8 @@ class TensorStats:
     """By task, the elements that have a mask."""
     published: Agreement
     """By the method's rule, which for a λ can be active at don't-cares, as published (an adapted
-    mask is not). A task that equals the base is never active."""
+    mask is not). A task that equals the base is never active. Where tasks with masks were added to
+    the file or removed, by the stored masks."""
     stored: Agreement
     """By the stored masks, over the elements that are no don't-cares."""
 
@@ -213,7 +214,7 @@ def stats(
                     dont_cares=counts["zeros"],
                     set_bits={tasks[k]: bits for k, bits in zip(coded, set_bits)},
                     coded={tasks[k]: elements for k in coded},
-                    published=_agreement(records[i]["agreement"], tasks),
+                    published=_agreement(records[i]["agreement"] or by_masks(counts), tasks),
                     stored=_agreement(counts["agreement"], tasks),
                 )
             )
@@ -225,6 +226,12 @@ def stats(
             tensors=tensors,
             overlap=overlap,
         )
+
+
+def by_masks(counts: dict) -> list[int]:
+    """The elements on which 0, 1, … masks are set, don't-cares among them: where tasks have come or
+    gone, the file has no counts by their rule. Of adapted masks these are the same."""
+    return [counts["agreement"][0] + counts["zeros"], *counts["agreement"][1:]]
 
 
 def _agreement(counts: list[int], tasks: list[str]) -> Agreement:

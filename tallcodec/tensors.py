@@ -234,9 +234,14 @@ def closed_error(file: io.FileIO) -> ClosedError:
     return ClosedError(f"{file.name}: its checkpoint was closed")
 
 
+def is_changed(then: os.stat_result, now: os.stat_result) -> bool:
+    """Whether a file's stat says that it was written to in between."""
+    return (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size)
+
+
 def refuse_changed(label: str | os.PathLike, then: os.stat_result, now: os.stat_result) -> None:
     """Raise ReadError where a file's stat says that it was written to in between."""
-    if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
+    if is_changed(then, now):
         raise ReadError(
             f"{label}: was written to while it was read: read it anew when nothing writes to it"
         )

@@ -169,15 +169,11 @@ def write(base, tasks, *, thresholds=None, merge="task-arithmetic", method="tall
         tensors[i]["scales_plane"] = out.plane(SCALES, e.scales, bool(e.masks))
     for (k, i), (mask, row_scales, statistics) in sorted(masks.items()):
         used = codings[k, i][0] == MASKED
-        entries[k, i]["plane"] = out.mask(mask, encoded[i], used, coding == "entropy")
+        entries[k, i]["plane"] = out.mask(mask, encoded[i].s, used, coding == "entropy")
         entries[k, i]["scales_plane"] = out.plane(SCALES, row_scales, used)
         entries[k, i] |= statistics
     for (k, i), (signs, fields) in sparse.items():
-        entries[k, i] |= fields
-        plane, options = ternary.raw(signs), {}
-        if coding != "raw" and len(coded := ternary.code(signs)) < len(plane):
-            plane, options = coded, {"coding": GAPS, "raw_size": len(plane)}
-        entries[k, i]["plane"] = out.plane(TERNARY_PLANE, plane, **options)
+        entries[k, i] |= {**fields, "plane": out.ternary(signs, coding != "raw")}
     for (k, i), (kind, _) in codings.items():
         if kind == AS_IS:
             entries[k, i]["plane"] = out.compressed(VERBATIM, states[k][names[i]].tobytes())
@@ -299,15 +295,15 @@ def _survey(base, names, numbers, coded, codings, tasks, density):
     return cuts, votes > 0
 
 
-def _sparsify(k, base, state, names, codings, bits, density, least_bits):
+def _sparsify(k, base, state, names, codings, bits, density, least_bits, alone=True):
     """(signs, fields) of a task's ternary entries, by (task, tensor). What is not finite is found
-    here, and becomes verbatim."""
+    here, and becomes verbatim. Where they are not alone, the task has masks, too."""
     elements, found = 0, {}
     for (task, i), (coding, _) in codings.items():
         if task != k or names[i] not in base or names[i] not in state:
             continue
         b = base[names[i]]
-        if coding == AS_BASE and b.dtype in ARITHMETIC:
+        if alone and coding == AS_BASE and b.dtype in ARITHMETIC:
             elements += b.size
         elif coding == SPARSE:
             tau = to_float32(state[names[i]]).ravel() - to_float32(b).ravel()
@@ -332,14 +328,24 @@ def _merge(rule, vectors, *, averaged, cuts, majority):
 
 
 def _encode(base, tasks, thresholds, dtype, mode, merge, method):
+    b = to_float32(base).ravel()
+    with np.errstate(all="ignore"):
+        merged = finite_or_zero(merge({k: to_float32(t).ravel() - b for k, t in tasks.items()}))
+        stored, scales = store_shared(np.broadcast_to(merged, b.shape), dtype)
+        s = load_shared(stored, scales)
+    masks, agreement = _masks(base, tasks, s, thresholds, mode, method)
+    counts = np.bincount(agreement, minlength=len(tasks) + 1).tolist()
+    return _Encoded(stored.tobytes(), b"" if scales is None else scales.tobytes(), NUMBERS[dtype],
+                    counts, s, masks)
+
+
+def _masks(base, tasks, s, thresholds, mode, method):
+    """(masks as _Encoded has them, on how many tasks' each element is active)."""
     rows = row_count(base.shape)
     b = to_float32(base).ravel()
     tasks = {k: to_float32(t).ravel() for k, t in tasks.items()}
     masks, agreement = {}, np.zeros(b.size, np.int64)
     with np.errstate(all="ignore"):
-        merged = finite_or_zero(merge({k: t - b for k, t in tasks.items()}))
-        stored, scales = store_shared(np.broadcast_to(merged, b.shape), dtype)
-        s = load_shared(stored, scales)
         for k, t in tasks.items():
             factor = 0
             if method == ADAPTED:
@@ -362,9 +368,7 @@ def _encode(base, tasks, thresholds, dtype, mode, merge, method):
                      **dict(zip(("tau_sq", "dot", "approx_sq"), total))}
             masks[k] = (np.packbits(mask, bitorder="little").tobytes(),
                         gains.tobytes() if mode == 2 else b"", entry)
-    counts = np.bincount(agreement, minlength=len(tasks) + 1).tolist()
-    return _Encoded(stored.tobytes(), b"" if scales is None else scales.tobytes(), NUMBERS[dtype],
-                    counts, s, masks)
+    return masks, agreement
 
 
 class _Writer:
@@ -393,15 +397,22 @@ class _Writer:
         self.body += stored.ljust(size, b"\0")
         return len(self.planes) - 1
 
-    def mask(self, packed, encoded, used, coded):
+    def mask(self, packed, s, used, coded):
         """A mask's plane, raw or coded, where that is smaller."""
         if coded:
-            bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=encoded.s.size,
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=s.size,
                                  bitorder="little").astype(bool)
-            plane = conditional.code(bits, encoded.s)
+            plane = conditional.code(bits, s)
             if len(plane) < len(packed):
                 return self.plane(MASK, plane, coding=CONDITIONAL, raw_size=len(packed))
         return self.plane(MASK, packed, used)
+
+    def ternary(self, signs, coded):
+        """A ternary plane, raw or coded, where that is smaller."""
+        raw = ternary.raw(signs)
+        if coded and len(plane := ternary.code(signs)) < len(raw):
+            return self.plane(TERNARY_PLANE, plane, coding=GAPS, raw_size=len(raw))
+        return self.plane(TERNARY_PLANE, raw)
 
     def compressed(self, kind, raw):
         """A plane that is a zstd frame where that saves a sixteenth."""
@@ -435,8 +446,13 @@ class _Writer:
     def finish(self, index):
         index = index.ljust(align64(len(index)), b"\0")
         head = HEADER.pack(magic=MAGIC, version=VERSION, header_size=HEADER_SIZE)
-        slot = SLOT.pack(sequence=1, index_offset=len(self.body), index_size=len(index),
-                         index_hash=hash64(index), file_size=len(self.body) + len(index))[:56]
-        slot += struct.pack("<Q", hash64(head + slot))
+        slot = pack_slot(head, 1, len(self.body), index)
         self.body[: HEADER_SIZE] = head + slot + bytes(SLOT.size)
         return bytes(self.body + index)
+
+
+def pack_slot(head, sequence, offset, index):
+    """The slot of a header that names an index, which ends the file."""
+    slot = SLOT.pack(sequence=sequence, index_offset=offset, index_size=len(index),
+                     index_hash=hash64(index), file_size=offset + len(index))[:56]
+    return slot + struct.pack("<Q", hash64(head + slot))
