@@ -4,9 +4,9 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON -DTALLCODEC_CUDA=OFF
-CPP_TEST_NAMES := kernels ternary conditional file resume gpu
+CPP_TEST_NAMES := kernels ternary conditional file resume gpu threads
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
+.PHONY: all demo test test-cpp test-python test-sanitize test-threads test-properties lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
 
 all: .venv/built
 
@@ -53,6 +53,11 @@ test-sanitize: .venv/packages
 	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON
 	$(CMAKE) --build build/sanitize
 	set -e; for test in $(CPP_TEST_NAMES); do build/sanitize/test_$$test; done
+
+test-threads: .venv/packages
+	$(CMAKE) -S . -B build/threads $(CPP_TESTS) -DTALLCODEC_SANITIZE=thread
+	$(CMAKE) --build build/threads --target test_threads
+	build/threads/test_threads
 
 test-python: .venv/built-cuda
 	$(BIN)/python -m pytest
