@@ -11,6 +11,7 @@
 
 #include "encode.h"
 #include "format.h"
+#include "gil.h"
 #include "kernels.h"
 #include "text.h"
 
@@ -66,9 +67,10 @@ auto poll_signals(py::object progress) {
     auto now = std::chrono::steady_clock::now();
     if (now - *last < std::chrono::milliseconds(50) && (done < total || progress.is_none())) return;
     *last = now;
-    py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (!progress.is_none()) progress(step, done, total);
+    with_gil([&] {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!progress.is_none()) progress(step, done, total);
+    });
   };
 }
 
@@ -76,13 +78,14 @@ auto poll_signals(py::object progress) {
 // from any thread.
 auto inflate_with(py::object inflate) {
   return [inflate](const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size) {
-    py::gil_scoped_acquire gil;
-    auto frame = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
-    py::object raw = inflate(frame, raw_size);
-    if (!py::isinstance<py::bytes>(raw) || py::len(raw) != raw_size) {
-      throw Error(Status::Format, text("no sound zstd frame of ", raw_size, " bytes"));
-    }
-    std::memcpy(out, PyBytes_AS_STRING(raw.ptr()), raw_size);
+    with_gil([&] {
+      auto frame = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
+      py::object raw = inflate(frame, raw_size);
+      if (!py::isinstance<py::bytes>(raw) || py::len(raw) != raw_size) {
+        throw Error(Status::Format, text("no sound zstd frame of ", raw_size, " bytes"));
+      }
+      std::memcpy(out, PyBytes_AS_STRING(raw.ptr()), raw_size);
+    });
   };
 }
 
@@ -239,7 +242,7 @@ void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool 
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, verify, std::move(inflate));
   o.loaded = loaded;
-  py::gil_scoped_release release;
+  WithoutGil released;
   f->decode(requests, o);
 }
 
@@ -247,7 +250,7 @@ Loaded load(const BufferFile& f, uint32_t task, const py::list& wanted, unsigned
             py::object inflate) {
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, true, std::move(inflate));
-  py::gil_scoped_release release;
+  WithoutGil released;
   return f->load(task, requests, o);
 }
 
@@ -255,7 +258,7 @@ void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, floa
            unsigned threads, bool verify, py::object progress) {
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, verify, py::none(), std::move(progress));
-  py::gil_scoped_release release;
+  WithoutGil released;
   f->merge(requests, {min_tasks, scale}, o);
 }
 
@@ -264,7 +267,7 @@ py::list count_masks(const BufferFile& f, const std::vector<uint32_t>& tensors, 
   Options o = options(threads, verify, py::none(), std::move(progress));
   std::vector<MaskCounts> counts;
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     counts = f->count_masks(tensors, o);
   }
   py::list out;
@@ -284,7 +287,7 @@ py::bytes read_plane(const BufferFile& f, uint32_t plane, py::object inflate) {
   Options o = options(1, true, std::move(inflate));
   std::vector<uint8_t> out;
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     out = f->read_plane(plane, o);
   }
   return py::bytes(reinterpret_cast<const char*>(out.data()), out.size());
@@ -294,7 +297,7 @@ py::list verify(const BufferFile& f, unsigned threads, py::object progress) {
   Options o = options(threads, true, py::none(), std::move(progress));
   std::vector<Damage> damage;
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     damage = f->verify(o);
   }
   py::list out;
@@ -315,7 +318,7 @@ PYBIND11_MODULE(_core, m) {
   bind_gpu(m);
   m.def("same_bytes", [](const py::object& a, const py::object& b, uint64_t size) {
     Source x = source(a), y = source(b);
-    py::gil_scoped_release release;
+    WithoutGil released;
     return same_bytes(x, y, size);
   });
   m.def("advise_huge", [](uintptr_t address, uint64_t size) {
@@ -363,7 +366,7 @@ PYBIND11_MODULE(_core, m) {
            [](Encoder& e, unsigned threads, py::object progress, bool drop_cache) {
              Options o = options(threads, true, py::none(), std::move(progress));
              o.drop_cache = drop_cache;
-             py::gil_scoped_release release;
+             WithoutGil released;
              e.run(o);
            },
            py::arg("threads"), py::arg("progress") = py::none(), py::arg("drop_cache") = false)
@@ -378,20 +381,20 @@ PYBIND11_MODULE(_core, m) {
               uint64_t raw_size) {
              py::buffer_info info = bytes.request();
              std::string_view view(static_cast<const char*>(info.ptr), info.size * info.itemsize);
-             py::gil_scoped_release release;
+             WithoutGil released;
              e.append_verbatim(task, tensor, zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, view,
                                raw_size);
            })
-      .def("copy_verbatim", &Encoder::copy_verbatim, py::call_guard<py::gil_scoped_release>())
+      .def("copy_verbatim", &Encoder::copy_verbatim, py::call_guard<WithoutGil>())
       .def("append_file_plane",
            [](Encoder& e, bool zstd, std::string_view bytes, uint64_t raw_size) {
-             py::gil_scoped_release release;
+             WithoutGil released;
              return e.append_file_plane(zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, bytes,
                                         raw_size);
            })
       .def("add_file", &Encoder::add_file)
       .def("add_metadata", &Encoder::add_metadata)
-      .def("finish", &Encoder::finish, py::call_guard<py::gil_scoped_release>());
+      .def("finish", &Encoder::finish, py::call_guard<WithoutGil>());
 
   py::class_<Loaded>(m, "Loaded").def("bytes", &Loaded::bytes);
   py::class_<BufferFile>(m, "File")
