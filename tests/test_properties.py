@@ -248,6 +248,7 @@ SIDE_FILES = st.dictionaries(
 @given(families(), st.data())
 def test_a_folder_comes_back(folder, family, data):
     """As checkpoints in folders: their metadata and small files, too."""
+    pytest.importorskip("torch")
     base, tasks = family
     root, paths, metadata, files = folder / "example", {}, {}, {}
     shutil.rmtree(root, ignore_errors=True)
