@@ -58,7 +58,8 @@ def check_contents(sdist: Path, wheel: Path) -> None:
         names = set(archive.namelist())
     tracked = {name for name in tracked.split() if name.startswith("tallcodec/")}
     assert tracked <= names, f"the wheel lacks {sorted(tracked - names)}"
-    assert any(name.endswith("licenses/LICENSE") for name in names), "the wheel lacks its licence"
+    for licence in ("LICENSE", "LICENSES/pybind11.txt"):
+        assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names), licence
     strange = [name for name in names if not re.match(r"tallcodec(/|-.*\.dist-info/)", name)]
     assert not strange, f"the wheel has {strange}"
 
