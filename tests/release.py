@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 # Tests that need nothing but the package and what is listed here.
 TESTS = ("test_installed.py", "test_golden.py", "test_properties.py", "test_rows.py",
-         "test_loaded.py", "test_validation.py", "test_ternary.py")  # fmt: skip
+         "test_loaded.py", "test_validation.py", "test_ternary.py", "test_threads.py")  # fmt: skip
 TEST_PACKAGES = ("pytest", "hypothesis", "xxhash")
 LIBRARIES = re.compile(r"(libstdc\+\+|libgcc_s|libc|libm|libpthread|ld-linux[-\w]*)\.so\.\d+")
 

@@ -211,13 +211,18 @@ import tallcodec
 path, how = sys.argv[1:]
 file = tallcodec.open(path, "np", threads=2)
 loaded, state = file.load("cars"), file.state_dict("cars")
-def work():
+def encode():
+    base = file.decode(None)
+    tallcodec.encode(base, {"a": file.decode("cars")}, path + ".2", overwrite=True,
+                     progress=lambda *_: None)
+calls = [lambda: file.decode("cars"), loaded.decode, lambda: tallcodec.verify(path),
+         lambda: tallcodec.stats(path), encode]
+def work(call):
     while True:
-        file.decode("cars")
-        loaded.decode()
+        call()
 if how != "idle":
-    for _ in range(6):
-        threading.Thread(target=work, daemon=True).start()
+    for call in calls:
+        threading.Thread(target=work, args=[call], daemon=True).start()
     time.sleep(0.2)
 if how == "closed":
     file.close()
@@ -226,13 +231,13 @@ print("end", flush=True)
 """
 
 
-@pytest.mark.parametrize("how", ["idle", "decoding", "closed"])
+@pytest.mark.parametrize("how", ["idle", "busy", "closed"])
 def test_the_interpreter_ends(tmp_path, how):
-    """With open handles, and daemon threads in the midst of decoding."""
+    """With open handles, and daemon threads in the midst of everything."""
     base = {"w": normal((1500, 1000), 1)}
     path = tmp_path / "a.tall"
     tallcodec.encode(base, {"cars": {"w": base["w"] + normal((1500, 1000), 2)}}, path)
-    for _ in range(8 if how == "decoding" else 2):
+    for _ in range(8 if how == "busy" else 2):
         done = subprocess.run([sys.executable, "-c", EXIT, path, how], capture_output=True,
                               text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert done.stdout == "end\n"
