@@ -1,8 +1,8 @@
 """Builds and tests on what else is here: compilers, architectures (in emulation), Pythons.
 
-    python tests/portability.py                    all of it, half an hour or more: `make portability`
-    python tests/portability.py pythons            a part: compilers, architectures, refusals, pythons
-    python tests/portability.py code build/tests   in seconds: `make test-cpp`
+    python tests/portability.py                  all of it, half an hour or more: make portability
+    python tests/portability.py pythons          or compilers, architectures, refusals: a part
+    python tests/portability.py code build/tests in seconds: make test-cpp
 
 What is not installed is said and left out. On Debian: apt-get install clang qemu-user
 g++-aarch64-linux-gnu g++-s390x-linux-gnu g++-i686-linux-gnu
