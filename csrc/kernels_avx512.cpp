@@ -51,13 +51,7 @@ INLINE Mask greater_magnitude(Floats a, Floats b) {
 INLINE Mask nonzero(Floats a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 INLINE Mask mask_of(uint16_t bits) { return bits; }
 INLINE uint16_t bits_of(Mask m) { return m; }
-INLINE Floats select(Mask m, Floats a, Floats b) {
-#if defined(__clang__)
-  // It would make b + (m ? x : -0) of m ? b + x : b, which quiets a signalling NaN of b.
-  __asm__("" : "+v"(a));
-#endif
-  return _mm512_mask_mov_ps(b, m, a);
-}
+INLINE Floats select(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, m, a); }
 INLINE Floats where(Mask m, Floats a) { return _mm512_maskz_mov_ps(m, a); }
 
 template <DType T>
