@@ -106,17 +106,15 @@ Options options(unsigned threads, bool verify, py::object inflate, py::object pr
 class BufferFile {
  public:
   BufferFile(std::string label, const py::buffer& buffer)
-      : buffer_(buffer.request()),
-        file_(std::move(label), static_cast<uint64_t>(buffer_.size * buffer_.itemsize),
-              [data = static_cast<const uint8_t*>(buffer_.ptr)](uint64_t offset, uint64_t) {
-                return data + offset;
-              }) {}
+      : buffer_(buffer),
+        file_(std::move(label), buffer_.size(),
+              [data = buffer_.data()](uint64_t offset, uint64_t) { return data + offset; }) {}
   const File& operator*() const { return file_; }
   const File* operator->() const { return &file_; }
   const Index& index() const { return file_.index(); }
 
  private:
-  py::buffer_info buffer_;
+  Buffer buffer_;
   File file_;
 };
 
