@@ -4,9 +4,9 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON -DTALLCODEC_CUDA=OFF
-CPP_TEST_NAMES := kernels ternary conditional file resume gpu
+CPP_TEST_NAMES := kernels ternary conditional file resume gpu threads
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
+.PHONY: all demo test test-cpp test-python test-sanitize test-threads test-properties portability wheel lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
 
 all: .venv/built
 
@@ -44,6 +44,7 @@ test-cpp: .venv/packages
 	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
 	set -e; for test in $(CPP_TEST_NAMES); do build/tests/test_$$test; done
+	$(BIN)/python tests/portability.py code build/tests
 	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
 	$(CMAKE) -S examples/cpp -B build/example -GNinja -DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp"
 	$(CMAKE) --build build/example
@@ -54,6 +55,12 @@ test-sanitize: .venv/packages
 	$(CMAKE) --build build/sanitize
 	set -e; for test in $(CPP_TEST_NAMES); do build/sanitize/test_$$test; done
 
+# One file in a hundred threads, under ThreadSanitizer.
+test-threads: .venv/packages
+	$(CMAKE) -S . -B build/threads $(CPP_TESTS) -DTALLCODEC_SANITIZE=thread
+	$(CMAKE) --build build/threads --target test_threads
+	build/threads/test_threads
+
 test-python: .venv/built-cuda
 	$(BIN)/python -m pytest
 
@@ -62,6 +69,18 @@ gpu: .venv/built-cuda
 	$(BIN)/python -m pytest tests/test_backends.py tests/test_gpu.py tests/test_device.py tests/test_matmul.py
 	$(BIN)/python benchmarks/gpu.py --docs
 	$(BIN)/python benchmarks/gpu_matmul.py --docs
+
+# Random families, for ten minutes or more.
+test-properties: .venv/built
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics
+
+# With other compilers, on other architectures in emulation, with other Pythons: half an hour. It says what is not installed.
+portability: .venv/packages
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/portability.py
+
+# The sdist and the wheel, into dist/, each tested where nothing else is.
+wheel: .venv/packages
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/release.py
 
 # What the GPU's kernels became: registers, spills, instructions. Writes docs/gpu.md. Needs no GPU.
 gpu-inspect: .venv/built-cuda

@@ -12,6 +12,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
+if sys.byteorder != "little" or sys.maxsize < 2**63 - 1:
+    sys.exit("tallcodec needs a 64-bit, little-endian machine: csrc/dtype.h says why")
+
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:

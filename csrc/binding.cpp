@@ -13,6 +13,7 @@
 #include "encode.h"
 #include "extend.h"
 #include "format.h"
+#include "gil.h"
 #include "kernels.h"
 #include "text.h"
 
@@ -68,9 +69,10 @@ auto poll_signals(py::object progress) {
     auto now = std::chrono::steady_clock::now();
     if (now - *last < std::chrono::milliseconds(50) && (done < total || progress.is_none())) return;
     *last = now;
-    py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (!progress.is_none()) progress(step, done, total);
+    with_gil([&] {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!progress.is_none()) progress(step, done, total);
+    });
   };
 }
 
@@ -78,13 +80,14 @@ auto poll_signals(py::object progress) {
 // from any thread.
 auto inflate_with(py::object inflate) {
   return [inflate](const uint8_t* data, uint64_t size, uint8_t* out, uint64_t raw_size) {
-    py::gil_scoped_acquire gil;
-    auto frame = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
-    py::object raw = inflate(frame, raw_size);
-    if (!py::isinstance<py::bytes>(raw) || py::len(raw) != raw_size) {
-      throw Error(Status::Format, text("no sound zstd frame of ", raw_size, " bytes"));
-    }
-    std::memcpy(out, PyBytes_AS_STRING(raw.ptr()), raw_size);
+    with_gil([&] {
+      auto frame = py::memoryview::from_memory(data, static_cast<py::ssize_t>(size));
+      py::object raw = inflate(frame, raw_size);
+      if (!py::isinstance<py::bytes>(raw) || py::len(raw) != raw_size) {
+        throw Error(Status::Format, text("no sound zstd frame of ", raw_size, " bytes"));
+      }
+      std::memcpy(out, PyBytes_AS_STRING(raw.ptr()), raw_size);
+    });
   };
 }
 
@@ -101,21 +104,19 @@ Options options(unsigned threads, bool verify, py::object inflate, py::object pr
 class BufferFile {
  public:
   BufferFile(std::string label, const py::buffer& buffer)
-      : buffer_(buffer.request()),
-        fetch_([data = static_cast<const uint8_t*>(buffer_.ptr)](uint64_t offset, uint64_t) {
-          return data + offset;
-        }),
-        file_(std::move(label), static_cast<uint64_t>(buffer_.size * buffer_.itemsize), fetch_) {}
+      : buffer_(buffer),
+        fetch_([data = buffer_.data()](uint64_t offset, uint64_t) { return data + offset; }),
+        file_(std::move(label), buffer_.size(), fetch_) {}
   const File& operator*() const { return file_; }
   const File* operator->() const { return &file_; }
   const Index& index() const { return file_.index(); }
   const File::Fetch& fetch() const { return fetch_; }
   std::pair<uintptr_t, uint64_t> memory() const {
-    return {reinterpret_cast<uintptr_t>(buffer_.ptr), static_cast<uint64_t>(buffer_.size * buffer_.itemsize)};
+    return {reinterpret_cast<uintptr_t>(buffer_.data()), buffer_.size()};
   }
 
  private:
-  py::buffer_info buffer_;
+  Buffer buffer_;
   File::Fetch fetch_;
   File file_;
 };
@@ -242,7 +243,7 @@ void decode(const BufferFile& f, const py::list& wanted, unsigned threads, bool 
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, verify, std::move(inflate));
   o.loaded = loaded;
-  py::gil_scoped_release release;
+  WithoutGil released;
   f->decode(requests, o);
 }
 
@@ -250,7 +251,7 @@ Loaded load(const BufferFile& f, uint32_t task, const py::list& wanted, unsigned
             py::object inflate) {
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, true, std::move(inflate));
-  py::gil_scoped_release release;
+  WithoutGil released;
   return f->load(task, requests, o);
 }
 
@@ -258,7 +259,7 @@ DevicePlan device_plan(const BufferFile& f, const py::list& wanted, const std::s
                        unsigned threads, bool verify, py::object inflate) {
   const std::vector<Request> requests = requests_of(wanted);
   const Options o = options(threads, verify, std::move(inflate));
-  py::gil_scoped_release release;
+  WithoutGil release;
   Decoder decoder(*f, f.fetch(), o);
   std::vector<Job> jobs;
   for (const Request& request : requests) {
@@ -311,7 +312,7 @@ void merge(const BufferFile& f, const py::list& wanted, uint32_t min_tasks, floa
            unsigned threads, bool verify, py::object progress) {
   const std::vector<Request> requests = requests_of(wanted);
   Options o = options(threads, verify, py::none(), std::move(progress));
-  py::gil_scoped_release release;
+  WithoutGil released;
   f->merge(requests, {min_tasks, scale}, o);
 }
 
@@ -320,7 +321,7 @@ py::list count_masks(const BufferFile& f, const std::vector<uint32_t>& tensors, 
   Options o = options(threads, verify, py::none(), std::move(progress));
   std::vector<MaskCounts> counts;
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     counts = f->count_masks(tensors, o);
   }
   py::list out;
@@ -340,7 +341,7 @@ py::bytes read_plane(const BufferFile& f, uint32_t plane, py::object inflate) {
   Options o = options(1, true, std::move(inflate));
   std::vector<uint8_t> out;
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     out = f->read_plane(plane, o);
   }
   return py::bytes(reinterpret_cast<const char*>(out.data()), out.size());
@@ -350,7 +351,7 @@ py::list verify(const BufferFile& f, unsigned threads, py::object progress) {
   Options o = options(threads, true, py::none(), std::move(progress));
   std::vector<Damage> damage;
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     damage = f->verify(o);
   }
   py::list out;
@@ -371,7 +372,7 @@ PYBIND11_MODULE(_core, m) {
   bind_gpu(m);
   m.def("same_bytes", [](const py::object& a, const py::object& b, uint64_t size) {
     Source x = source(a), y = source(b);
-    py::gil_scoped_release release;
+    WithoutGil released;
     return same_bytes(x, y, size);
   });
   m.def("advise_huge", [](uintptr_t address, uint64_t size) {
@@ -402,12 +403,12 @@ PYBIND11_MODULE(_core, m) {
            py::arg("least_bits") = false, py::arg("code_masks") = false,
            py::arg("code_ternary") = true, py::arg("trials") = 1)
       .def("keep_journal", &Encoder::keep_journal)
-      .def("extend", &Encoder::extend, py::call_guard<py::gil_scoped_release>())
+      .def("extend", &Encoder::extend, py::call_guard<WithoutGil>())
       .def("set_base", [](Encoder& e, uint32_t tensor, const py::object& from) { e.set_base(tensor, source(from)); })
       .def("check_stored",
            [](const Encoder& e, unsigned threads, py::object progress) {
              Options o = options(threads, true, py::none(), std::move(progress));
-             py::gil_scoped_release release;
+             WithoutGil release;
              e.check_stored(o);
            })
       .def("withdraw", &Encoder::withdraw)
@@ -433,7 +434,7 @@ PYBIND11_MODULE(_core, m) {
            [](Encoder& e, unsigned threads, py::object progress, bool drop_cache) {
              Options o = options(threads, true, py::none(), std::move(progress));
              o.drop_cache = drop_cache;
-             py::gil_scoped_release release;
+             WithoutGil released;
              e.run(o);
            },
            py::arg("threads"), py::arg("progress") = py::none(), py::arg("drop_cache") = false)
@@ -448,25 +449,25 @@ PYBIND11_MODULE(_core, m) {
               uint64_t raw_size) {
              py::buffer_info info = bytes.request();
              std::string_view view(static_cast<const char*>(info.ptr), info.size * info.itemsize);
-             py::gil_scoped_release release;
+             WithoutGil released;
              e.append_verbatim(task, tensor, zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, view,
                                raw_size);
            })
-      .def("copy_verbatim", &Encoder::copy_verbatim, py::call_guard<py::gil_scoped_release>())
+      .def("copy_verbatim", &Encoder::copy_verbatim, py::call_guard<WithoutGil>())
       .def("append_file_plane",
            [](Encoder& e, bool zstd, std::string_view bytes, uint64_t raw_size) {
-             py::gil_scoped_release release;
+             WithoutGil released;
              return e.append_file_plane(zstd ? PlaneCoding::Zstd : PlaneCoding::Raw, bytes,
                                         raw_size);
            })
       .def("add_file", &Encoder::add_file)
       .def("add_metadata", &Encoder::add_metadata)
-      .def("finish", &Encoder::finish, py::call_guard<py::gil_scoped_release>());
+      .def("finish", &Encoder::finish, py::call_guard<WithoutGil>());
 
   m.def("compact", [](int from, int to, std::string label, std::string writer, unsigned threads,
                       py::object progress) {
     Options o = options(threads, true, py::none(), std::move(progress));
-    py::gil_scoped_release release;
+    WithoutGil release;
     return compact(from, to, std::move(label), std::move(writer), o);
   });
 

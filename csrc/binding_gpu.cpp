@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "gil.h"
 #include "gpu.h"
 #include "tallcodec.h"
 #include "text.h"
@@ -43,7 +44,7 @@ class Queue {
   void operator()(Operation GpuKernels::* operation, const Arguments&... arguments) const {
     int error;
     {
-      py::gil_scoped_release nogil;
+      WithoutGil nogil;
       error = (kernels_->*operation)(stream_, arguments...);
     }
     if (error) {

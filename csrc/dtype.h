@@ -2,6 +2,14 @@
 #pragma once
 #include <cstdint>
 
+// The one place that says on what machines this works. Everything includes this file.
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "tallcodec needs a little-endian machine: a file's numbers are used where they lie, and are little endian"
+#endif
+#if UINTPTR_MAX < 0xFFFFFFFFFFFFFFFF
+#error "tallcodec needs a 64-bit machine: files and tensors of more than 4 GiB are mapped and addressed whole"
+#endif
+
 namespace tallcodec {
 
 enum class DType : uint8_t {

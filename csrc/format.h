@@ -8,10 +8,6 @@
 #include "kernels.h"
 #include "tallcodec.h"
 
-#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the format is little endian, and so must be the machine"
-#endif
-
 namespace tallcodec {
 
 constexpr uint8_t kMagic[8] = {0x89, 'T', 'A', 'L', 'L', '\r', '\n', 0x1a};

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __FAST_MATH__
+#error "tallcodec's arithmetic must be that of IEEE 754: build it without -ffast-math"
+#endif
+
 #ifdef __CUDACC__
 #define TALLCODEC_MATH __host__ __device__ inline
 #else

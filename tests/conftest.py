@@ -3,12 +3,20 @@
 import os
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 import tallcodec
 from helpers import small_family, write_safetensors
 
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples every time, or many new ones.
+_any = {"deadline": None, "suppress_health_check": list(HealthCheck),
+        "phases": set(Phase) - {Phase.explain}}  # fmt: skip
+settings.register_profile("short", max_examples=150, derandomize=True, **_any)
+settings.register_profile("long", max_examples=10_000, print_blob=True, **_any)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 def ways():

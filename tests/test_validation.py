@@ -392,7 +392,7 @@ def test_rank_above_32():
     editor.tensor("a", rank=33)
     with pytest.raises(FormatError, match="rank 33"):
         ref.read(editor.finish())
-    with pytest.raises(CheckpointError):
+    with pytest.raises((CheckpointError, ValueError)):  # NumPy 1 makes no such array
         ref.write({"a": np.zeros((1,) * 33, F32)}, {}, thresholds={})
 
 
