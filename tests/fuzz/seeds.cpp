@@ -1,6 +1,6 @@
 // Makes the corpora that fuzzing, and the replay in `make test`, begin with: seeds GOLDEN OUTPUT
 // OUTPUT/reader has the golden files, OUTPUT/planes every coded plane in them, as that target's inputs, and OUTPUT/planes and
-// OUTPUT/kernels have choices at random, always the same.
+// OUTPUT/kernels and OUTPUT/journal have choices at random, always the same.
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -75,7 +75,7 @@ int main(int argc, char** argv) {
     write_planes(entry.path(), bytes, to / "planes");
   }
   std::mt19937 random(1);
-  for (const char* target : {"planes", "kernels"}) {
+  for (const char* target : {"planes", "kernels", "journal"}) {
     for (uint32_t i = 0; i < 300; ++i) {
       Bytes bytes(16 + random() % 700);
       for (uint8_t& byte : bytes) byte = uint8_t(random());
