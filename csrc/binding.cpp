@@ -403,6 +403,14 @@ PYBIND11_MODULE(_core, m) {
       .def("tensors", tensors)
       .def("entries", entries)
       .def("planes", planes)
+      .def("sum",
+           [](const BufferFile& f, uint32_t plane, uint64_t block) {
+             if (plane >= f.index().planes.size()) throw py::index_error();
+             const PlaneRecord& p = f.index().planes[plane];
+             const uint64_t bytes = p.coding == PlaneCoding::External ? p.raw_size : p.size;
+             if (block >= sum_count(bytes)) throw py::index_error();
+             return f.index().sums[p.first_sum + block];
+           })
       .def("files", files)
       .def("metadata", metadata)
       .def("find_task", [](const BufferFile& f, std::string_view name) { return f->find_task(name); })
@@ -444,5 +452,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("progress") = py::none())
       .def("read_plane", read_plane)
       .def("verify", verify, py::arg("threads"), py::arg("progress") = py::none())
-      .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); });
+      .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); })
+      .def("describe_all",
+           [](const BufferFile& f, const std::vector<uint32_t>& planes) { return f->describe(planes); });
 }

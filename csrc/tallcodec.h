@@ -154,6 +154,7 @@ class File {
   std::vector<Damage> verify(const Options& options) const;
   // What a plane belongs to, for messages: "mask of tensor 'a', task 'b'".
   std::string describe(uint32_t plane) const;
+  std::vector<std::string> describe(const std::vector<uint32_t>& planes) const;
 
  private:
   std::string label_;

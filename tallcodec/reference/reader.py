@@ -175,7 +175,7 @@ class Reference:
         self.dims, self.sums, self.counts = (
             np.frombuffer(take(count, 8), "<u8").tolist()
             for count in (head.dims, head.sums, head.counts))
-        self.strings = take(head.strings, 1)
+        self.strings, self.named = take(head.strings, 1), 0
         _check(len(index) - at < 64 and not any(index[at:]), "bytes behind the index's strings")
         self.base_storage, self.merge, self.scale = head.base_storage, head.merge, head.scale
         self.writer = self._text(head.writer)
@@ -184,6 +184,8 @@ class Reference:
     def _text(self, reference):
         offset, length = struct.unpack("<II", reference)
         _check(offset + length <= len(self.strings), "a string lies outside the strings")
+        self.named += length
+        _check(self.named <= len(self.strings), "names and values are longer than all strings")
         try:
             return self.strings[offset : offset + length].decode()
         except UnicodeDecodeError as e:
@@ -220,7 +222,7 @@ class Reference:
                        "only masks are coded given the shared vector")
             if p.coding == ZSTD:
                 _check(p.kind in (VERBATIM, FILE), "a plane of this kind is no zstd frame")
-                _check(p.raw_size <= 32768 * p.size, "a zstd frame cannot hold that much")
+                _check(p.raw_size <= min(32768 * p.size, 2**26), "no zstd frame holds that much")
             sums = sum_count(p.raw_size if external else p.size)
             _check(p.first_sum + sums <= len(self.sums), "checksums outside the table")
         keys = [(p.coding == EXTERNAL, p.offset) for p in self.planes]
@@ -258,6 +260,7 @@ class Reference:
         _check(t.in_base in (0, 1), f"{what}: in the base or not?")
         _check(t.first_count + t.counts <= len(self.counts) and (t.counts or not t.first_count),
                f"{what}: counts outside the table")
+        _check(t.counts <= len(self.tasks) + 1, f"{what}: counts of more tasks than there are")
         if t.alias != NONE:
             _check(t.alias < i, f"{what} is tied to no earlier tensor")
             target = self.tensors[t.alias]
