@@ -73,10 +73,10 @@ def verify(
     """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
     and, where ``base`` is given, that it is the base the file references.
 
-    ``repair_from``: another copy of the file, damaged elsewhere or not at all, or a checkpoint that
-    it was encoded from. Whatever damaged block of 64 KiB is sound there, by the file's checksums, is
-    written over the damaged one first, in place; from another copy also the header or the index.
-    Nothing else is written.
+    ``repair_from``: another copy of the file, damaged elsewhere or not at all, or a checkpoint it
+    was encoded from. First, whatever is sound there of the damaged blocks of 64 KiB, by the file's
+    checksums, is written over these in place, of another copy also the header or the index. Nothing
+    else is written.
 
     Raises FormatError, ChecksumError naming every damaged plane with its tensor and task,
     BaseMismatchError naming the tensor, or WriteError.

@@ -1,4 +1,4 @@
-"""Damaged blocks of a `.tall` file, restored from another copy or from a checkpoint it was made of."""
+"""Damaged blocks of a `.tall` file, restored from another copy or a checkpoint it was made of."""
 
 import fcntl
 import mmap
@@ -34,7 +34,8 @@ def repair(path: str | os.PathLike, other: str | os.PathLike, threads: int | Non
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise WriteError(error.errno, f"{label(path)}: another process is writing it") from error
+            message = f"{label(path)}: another process is writing it"
+            raise WriteError(error.errno, message) from error
         except OSError:
             pass  # there are file systems without locks
         if _is_tall(other):
