@@ -441,6 +441,8 @@ PYBIND11_MODULE(_core, m) {
              for (auto r : f->ranges(task, tensor)) out.emplace_back(r.offset, r.size);
              return out;
            })
+      .def("require_known",
+           [](const BufferFile& f, uint32_t task, uint32_t tensor) { f->require_known(task, tensor); })
       .def("needs_base", [](const BufferFile& f, uint32_t task,
                             uint32_t tensor) { return f->needs_base(task, tensor); })
       .def("decode", decode, py::arg("requests"), py::arg("threads"), py::arg("verify"),

@@ -118,6 +118,11 @@ bool File::needs_base(uint32_t task, uint32_t tensor) const {
   });
 }
 
+void File::require_known(uint32_t task, uint32_t tensor) const {
+  info(task, tensor);
+  for (uint32_t plane : planes_of(*index_, task, tensor)) require_known_plane(*this, plane);
+}
+
 void File::decode(const std::vector<Request>& requests, const Options& options) const {
   Decoder decoder(*this, fetch_, options);
   std::vector<Job> jobs;

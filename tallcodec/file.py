@@ -341,7 +341,9 @@ class File:
         return self._file.names(number)
 
     def _info(self, number: int, tensor: int) -> tuple[str, tuple[int, ...], int]:
-        dtype, shape, nbytes = self._file.info(number, tensor)
+        file = self._file
+        file.require_known(number, tensor)  # before memory is made for it
+        dtype, shape, nbytes = file.info(number, tensor)
         return _DTYPE_NAMES[dtype], shape, nbytes
 
     def _decode_task(
