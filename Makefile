@@ -5,8 +5,10 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON -DTALLCODEC_CUDA=OFF
 CPP_TEST_NAMES := kernels ternary conditional file resume gpu threads
+FUZZ_TARGETS := reader planes kernels journal
+FUZZ_SECONDS ?= 600
 
-.PHONY: all demo test test-cpp test-python test-sanitize test-threads test-properties portability wheel lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
+.PHONY: all demo test test-cpp test-python test-sanitize test-threads test-properties fuzz can-fuzz portability wheel lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
 
 all: .venv/built
 
@@ -44,6 +46,7 @@ test-cpp: .venv/packages
 	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
 	set -e; for test in $(CPP_TEST_NAMES); do build/tests/test_$$test; done
+	$(call replay,tests)
 	$(BIN)/python tests/portability.py code build/tests
 	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
 	$(CMAKE) -S examples/cpp -B build/example -GNinja -DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp"
@@ -54,6 +57,27 @@ test-sanitize: .venv/packages
 	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON
 	$(CMAKE) --build build/sanitize
 	set -e; for test in $(CPP_TEST_NAMES); do build/sanitize/test_$$test; done
+	$(call replay,sanitize)
+
+# The fuzz targets on the inputs that fuzzing begins with, on what it has found, and on the golden files.
+replay = set -e; build/$(1)/fuzz_seeds tests/golden build/corpus; for target in $(FUZZ_TARGETS); do \
+	build/$(1)/fuzz_$$target build/corpus/$$target $$(ls -d tests/fuzz/found/$$target 2>/dev/null); done
+
+# Each fuzz target for FUZZ_SECONDS, one after the other; inputs that break one are left in build/found.
+fuzz: can-fuzz .venv/packages
+	CXX=clang++ $(CMAKE) -S . -B build/fuzz -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_CUDA=OFF -DTALLCODEC_FUZZ=ON \
+		-DTALLCODEC_SANITIZE=ON
+	$(CMAKE) --build build/fuzz
+	build/fuzz/fuzz_seeds tests/golden build/corpus
+	set -e; for target in $(FUZZ_TARGETS); do mkdir -p build/found build/grown/$$target; \
+		build/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -malloc_limit_mb=64 -timeout=60 \
+		-verbosity=0 -print_final_stats=1 -artifact_prefix=build/found/$$target- build/grown/$$target build/corpus/$$target \
+		$$(ls -d tests/fuzz/found/$$target 2>/dev/null); done
+
+can-fuzz:
+	@mkdir -p build && echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' | \
+		clang++ -fsanitize=fuzzer,address -x c++ - -o build/can-fuzz 2>/dev/null || { echo "fuzzing needs clang and" \
+		"its libraries, on Debian: apt-get install clang libclang-rt-14-dev (14 as in clang --version)"; exit 1; }
 
 # One file in a hundred threads, under ThreadSanitizer.
 test-threads: .venv/packages

@@ -492,6 +492,14 @@ PYBIND11_MODULE(_core, m) {
         const Range r = f->index_range();
         return py::make_tuple(r.offset, r.size);
       })
+      .def("sum",
+           [](const BufferFile& f, uint32_t plane, uint64_t block) {
+             if (plane >= f.index().planes.size()) throw py::index_error();
+             const PlaneRecord& p = f.index().planes[plane];
+             const uint64_t bytes = p.coding == PlaneCoding::External ? p.raw_size : p.size;
+             if (block >= sum_count(bytes)) throw py::index_error();
+             return f.index().sums[p.first_sum + block];
+           })
       .def("files", files)
       .def("metadata", metadata)
       .def("find_task", [](const BufferFile& f, std::string_view name) { return f->find_task(name); })
@@ -522,6 +530,8 @@ PYBIND11_MODULE(_core, m) {
              for (auto r : f->ranges(task, tensor)) out.emplace_back(r.offset, r.size);
              return out;
            })
+      .def("require_known",
+           [](const BufferFile& f, uint32_t task, uint32_t tensor) { f->require_known(task, tensor); })
       .def("needs_base", [](const BufferFile& f, uint32_t task,
                             uint32_t tensor) { return f->needs_base(task, tensor); })
       .def("decode", decode, py::arg("requests"), py::arg("threads"), py::arg("verify"),
@@ -534,5 +544,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("progress") = py::none())
       .def("read_plane", read_plane)
       .def("verify", verify, py::arg("threads"), py::arg("progress") = py::none())
-      .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); });
+      .def("describe", [](const BufferFile& f, uint32_t plane) { return f->describe(plane); })
+      .def("describe_all",
+           [](const BufferFile& f, const std::vector<uint32_t>& planes) { return f->describe(planes); });
 }

@@ -44,6 +44,13 @@ std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tens
   return planes;
 }
 
+void require_known_plane(const File& file, uint32_t id) {
+  const PlaneRecord& p = file.index().planes[id];
+  if (is_known(p)) return;
+  throw Error(Status::Version, text(file.label(), ": the ", file.describe(id), " has kind ", int(p.kind), " and coding ",
+                                    int(p.coding), ", which need a newer tallcodec"));
+}
+
 Decoder::Decoder(const File& file, const File::Fetch& fetch, const Options& options)
     : file_(file),
       index_(file.index()),
@@ -61,11 +68,7 @@ PlaneBytes Decoder::stored_plane(uint32_t id) const {
 // A plane that can be decoded.
 PlaneBytes Decoder::known_plane(uint32_t id) const {
   const PlaneRecord& p = index_.planes[id];
-  if (!is_known(p)) {
-    throw Error(Status::Version,
-                text(file_.label(), ": the ", file_.describe(id), " has kind ", int(p.kind),
-                     " and coding ", int(p.coding), ", which need a newer tallcodec"));
-  }
+  require_known_plane(file_, id);
   if (options_.loaded) {
     const auto found = options_.loaded->planes.find(id);
     if (found != options_.loaded->planes.end() && found->second.size() == p.raw_size) {

@@ -17,6 +17,9 @@ namespace tallcodec {
 // The planes that decoding a tensor reads.
 std::vector<uint32_t> planes_of(const Index& index, uint32_t task, uint32_t tensor);
 
+// Throws Error(Status::Version) for a plane of a newer writer.
+void require_known_plane(const File& file, uint32_t id);
+
 // A plane's bytes and checksums. Those of an external one are the caller's, and end without padding; those of
 // a loaded one are in memory, raw, and right.
 struct PlaneBytes {

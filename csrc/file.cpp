@@ -12,6 +12,12 @@
 namespace tallcodec {
 namespace {
 
+struct Named {
+  std::string_view name;
+};
+
+std::ostream& operator<<(std::ostream& out, const Named& n) { return out << "'" << n.name << "'"; }
+
 std::string name(const Index& index, uint32_t tensor) {
   return text("tensor '", index.text(index.tensors[tensor].name), "'");
 }
@@ -111,6 +117,11 @@ bool File::needs_base(uint32_t task, uint32_t tensor) const {
   return std::any_of(planes.begin(), planes.end(), [&](uint32_t plane) {
     return index_->planes[plane].coding == PlaneCoding::External;
   });
+}
+
+void File::require_known(uint32_t task, uint32_t tensor) const {
+  info(task, tensor);
+  for (uint32_t plane : planes_of(*index_, task, tensor)) require_known_plane(*this, plane);
 }
 
 void File::decode(const std::vector<Request>& requests, const Options& options) const {
@@ -225,31 +236,37 @@ std::vector<Damage> File::verify(const Options& options) const {
   return damage;
 }
 
-std::string File::describe(uint32_t plane) const {
+std::string File::describe(uint32_t plane) const { return describe(std::vector<uint32_t>{plane})[0]; }
+
+std::vector<std::string> File::describe(const std::vector<uint32_t>& planes) const {
+  std::map<uint32_t, std::string> found;  // in one pass over the index, however many there are
+  for (uint32_t plane : planes) found[plane];
+  const auto belongs = [&](uint32_t plane, const auto&... parts) {
+    const auto it = found.find(plane);
+    if (plane != kNone && it != found.end() && it->second.empty()) it->second = text(parts...);
+  };
   for (uint32_t i = 0; i < index_->tensors.size(); ++i) {
     const TensorRecord& t = index_->tensors[i];
-    if (t.base_plane == plane) return text("base plane of ", name(*index_, i));
-    if (t.shared_plane == plane) return text("shared plane of ", name(*index_, i));
-    if (t.shared_scales_plane == plane) return text("shared vector's scales of ", name(*index_, i));
     if (t.alias != kNone) continue;
+    const Named tensor{index_->text(t.name)};
+    belongs(t.base_plane, "base plane of tensor ", tensor);
+    belongs(t.shared_plane, "shared plane of tensor ", tensor);
+    belongs(t.shared_scales_plane, "shared vector's scales of tensor ", tensor);
     for (uint32_t k = 0; k < index_->tasks.size(); ++k) {
       const EntryRecord& e = index_->entry(k, i);
       if (e.coding == Coding::Absent) continue;
-      const char* kind = e.plane == plane ? (e.coding == Coding::Mask      ? "mask"
-                                             : e.coding == Coding::Ternary ? "ternary plane"
-                                                                           : "verbatim plane")
-                         : e.scales_plane == plane ? "scales per row"
-                                                   : nullptr;
-      if (kind && plane != kNone) {
-        return text(kind, " of ", name(*index_, i), ", task '",
-                    index_->text(index_->tasks[k].name), "'");
-      }
+      const Named task{index_->text(index_->tasks[k].name)};
+      const char* const kind = e.coding == Coding::Mask      ? "mask"
+                               : e.coding == Coding::Ternary ? "ternary plane"
+                                                             : "verbatim plane";
+      belongs(e.plane, kind, " of tensor ", tensor, ", task ", task);
+      belongs(e.scales_plane, "scales per row of tensor ", tensor, ", task ", task);
     }
   }
-  for (const FileRecord& f : index_->files) {
-    if (f.plane == plane) return text("file '", index_->text(f.name), "'");
-  }
-  return text("plane ", plane);
+  for (const FileRecord& f : index_->files) belongs(f.plane, "file ", Named{index_->text(f.name)});
+  std::vector<std::string> out;
+  for (uint32_t plane : planes) out.push_back(found[plane].empty() ? text("plane ", plane) : found[plane]);
+  return out;
 }
 
 }  // namespace tallcodec

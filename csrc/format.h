@@ -16,6 +16,7 @@ constexpr uint64_t kAlign = 64;
 constexpr uint64_t kCopyChunk = 32 * kSumBlock;  // bytes at a time where nothing is computed
 constexpr uint64_t kUnit = 524288;     // elements per statistics unit; a mask's checksum block
 constexpr uint64_t kMaxZstdRatio = 32768;  // raw bytes per byte of a zstd frame, at most
+constexpr uint64_t kMaxZstdSize = 64 << 20;  // raw bytes of one
 constexpr uint8_t kMaxRank = 32;
 constexpr uint32_t kScopeBase = 0xFFFFFFFF;
 constexpr uint32_t kScopeFile = 0xFFFFFFFE;

@@ -42,7 +42,7 @@ struct EncodeBlock {
   const void* const* task;  // [tasks]
   const DType* task_dtype;  // [tasks]
   MaskRule rule;
-  const float* threshold;   // [tasks] of the rule: lambda, a magnitude, or a factor of s
+  const float* threshold;   // [tasks] of the rule: lambda, 0 or more; a magnitude; or a factor of s
   const float* merged;      // [n] the multi-task vector; null: the sum of the task vectors
   void* shared;             // out: n elements of shared_dtype (I8: quantised)
   DType shared_dtype;       // F32, BF16, F16 or I8

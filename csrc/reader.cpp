@@ -140,6 +140,9 @@ class Validator {
 
   std::string_view string(StringRef s, const char* what) const {
     require(add(s.offset, s.length) <= index_.strings.size(), what, " lies outside the strings");
+    // Or a small file could have any number of long names, which whoever lists them would hold.
+    named_ += s.length;
+    require(named_ <= index_.strings.size(), "names and values are longer than all strings");
     return index_.text(s);
   }
 
@@ -215,8 +218,8 @@ class Validator {
         require(p.kind == PlaneKind::Verbatim || p.kind == PlaneKind::File || !is_known(p.kind),
                 "plane ", i,
                 " is a zstd frame but neither verbatim nor a file");
-        require(p.raw_size <= multiply(p.size, kMaxZstdRatio), "plane ", i,
-                " claims more bytes than a zstd frame of its size can hold");
+        require(p.raw_size <= std::min(multiply(p.size, kMaxZstdRatio), kMaxZstdSize), "plane ", i,
+                " claims more bytes than a zstd frame, or one of its size, can hold");
       }
       uint64_t bytes = external ? p.raw_size : p.size;
       require(bytes <= uint64_t{INT64_MAX}, "plane ", i, " is absurdly large");
@@ -290,6 +293,7 @@ class Validator {
       require(t.count_count ? add(t.first_count, t.count_count) <= index_.counts.size()
                             : t.first_count == 0,
               who, ": counts lie outside the table");
+      require(t.count_count <= index_.tasks.size() + 1, who, " has counts of more tasks than there are");
       if (t.alias != kNone) {
         alias(t, i, who);
         continue;
@@ -444,6 +448,7 @@ class Validator {
   const std::string& label_;
   const Index& index_;
   const Slot& slot_;
+  mutable uint64_t named_ = 0;  // bytes of the strings that records have named
 };
 
 }  // namespace

@@ -137,6 +137,8 @@ class File {
   // The byte ranges of the file that decoding the tensor reads.
   std::vector<Range> ranges(uint32_t task, uint32_t tensor) const;
   bool needs_base(uint32_t task, uint32_t tensor) const;  // a Source in the Request
+  // Throws where decoding would need a newer reader. Sizes of other tensors than these are what they claim.
+  void require_known(uint32_t task, uint32_t tensor) const;
 
   void decode(const std::vector<Request>& requests, const Options& options) const;
   // The planes that only these tensors of a task use, unpacked, for later decoding; everything it will read
@@ -155,6 +157,7 @@ class File {
   std::vector<Damage> verify(const Options& options) const;
   // What a plane belongs to, for messages: "mask of tensor 'a', task 'b'".
   std::string describe(uint32_t plane) const;
+  std::vector<std::string> describe(const std::vector<uint32_t>& planes) const;
 
  private:
   std::string label_;

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminating(), bar() as arguments.progress:
             result, text = arguments.run(arguments)
     except TallcodecError as error:
-        print(f"tallcodec: error: {error}", file=sys.stderr)
+        print(f"tallcodec: error: {_printable(str(error))}", file=sys.stderr)
         return 1
     except _Terminated:
         return 143
@@ -39,11 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         text = json.dumps(_finite(result), ensure_ascii=False, indent=1)
     try:
-        print(text, flush=True)
+        print(_printable(text), flush=True)
     except BrokenPipeError:  # as under `| head`; Python would complain once more when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+# What a terminal might obey rather than show, and what makes text run backwards.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _printable(text: str) -> str:
+    """Names and metadata may be a stranger's. What is escaped stays valid JSON."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class _Terminated(BaseException):
@@ -181,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "Check every byte of a file.")
     sub.add_argument("path", help="a .tall file")
     sub.add_argument("--base", help=f"also check that this is the referenced base: {checkpoint}")
+    sub.add_argument("--repair-from", metavar="OTHER",
+                     help="another copy of the file, or a checkpoint it was encoded from: first "
+                     "restore, in place, what is damaged and is sound there")  # fmt: skip
     return parser
 
 
@@ -276,7 +289,9 @@ def _stats(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _verify(a: argparse.Namespace) -> tuple[dict, str]:
-    result = tall.verify(a.path, a.base, threads=a.threads, progress=a.progress)
+    result = tall.verify(
+        a.path, a.base, repair_from=a.repair_from, threads=a.threads, progress=a.progress
+    )
     return result.to_dict(), str(result)
 
 

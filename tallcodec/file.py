@@ -35,6 +35,8 @@ from .tensors import DTYPES, is_changed, pread, refuse_changed
 # What is mapped counts as the process's memory: of a file that is larger, the pages that were read
 # are let go of whenever a quarter of this has been decoded.
 _MAPPED = 384 << 20
+# All small files of a checkpoint, in bytes: a stranger's file may name the same plane ever again.
+_MAX_FILES = 1 << 30
 _DTYPE_NAMES = {number: name for name, number in numbers.DTYPES.items()}
 
 
@@ -55,8 +57,8 @@ def open(
 
     The file is mapped: replace it by renaming another over it, as everything here does, or change
     it by :func:`tallcodec.add` and :func:`tallcodec.remove`, which leave what is there in its
-    place: what is open stays what it was. One that is cut short in place while it is open ends the
-    process.
+    place: what is open stays what it was. One that is cut short in place while it is open is a
+    ReadError, or, while it is read, ends the process.
 
     Raises FormatError (VersionError, ChecksumError) when it is not a sound `.tall` file,
     ReadError when it cannot be read, and what opening a checkpoint raises for ``base``.
@@ -68,15 +70,25 @@ def verify(
     path: str | os.PathLike,
     base: str | os.PathLike | Mapping[str, Any] | None = None,
     *,
+    repair_from: str | os.PathLike | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
     and, where ``base`` is given, that it is the base the file references.
 
-    Raises FormatError, ChecksumError naming every damaged plane with its tensor and task, or
-    BaseMismatchError naming the tensor.
+    ``repair_from``: another copy of the file, damaged elsewhere or not at all, or a checkpoint it
+    was encoded from. First, whatever is sound there of the damaged blocks of 64 KiB, by the file's
+    checksums, is written over these in place, of another copy also the header or the index. Nothing
+    else is written.
+
+    Raises FormatError, ChecksumError naming every damaged plane with its tensor and task,
+    BaseMismatchError naming the tensor, or WriteError.
     """
+    if repair_from is not None:
+        from .repair import repair
+
+        repair(path, repair_from, threads)
     with File(path, "np", base, threads=threads) as file:
         return file._verify(check_progress(progress))
 
@@ -164,11 +176,17 @@ class File:
     def files(self, task: str | None = None) -> dict[str, bytes]:
         """The small files (configuration, tokenizer) of a task's folder, or of the base's."""
         scope = self._scope(task)
-        return {
-            name: b"" if plane is None else self._file.read_plane(plane, _inflate)
-            for s, name, plane in self._file.files()
-            if s == scope
-        }
+        file = self._file
+        found = [(name, plane) for s, name, plane in file.files() if s == scope]
+        planes = file.planes()
+        size = sum(planes[plane][4] for _, plane in found if plane is not None)
+        if size > _MAX_FILES:
+            raise FormatError(
+                f"{self._label}: the small files of {'the base' if task is None else repr(task)} "
+                f"are {size:,} bytes; more than {_MAX_FILES:,} are not believed"
+            )
+        data = {plane: file.read_plane(plane, _inflate) for _, plane in found if plane is not None}
+        return {name: b"" if plane is None else data[plane] for name, plane in found}
 
     def decode(
         self,
@@ -353,8 +371,11 @@ class File:
     @property
     def _file(self) -> _core.File:
         file = self._core
-        if file is None:
+        mapped = self._map
+        if file is None or mapped is None:
             raise ClosedError(f"{self._label}: the file was closed")
+        if mapped.size() < file.size():  # reading what is mapped of it would end the process
+            raise ReadError(f"{self._label}: was cut short since it was opened")
         return file
 
     def _number(self, task: str | None) -> int:
@@ -378,7 +399,9 @@ class File:
         return self._file.names(number)
 
     def _info(self, number: int, tensor: int) -> tuple[str, tuple[int, ...], int]:
-        dtype, shape, nbytes = self._file.info(number, tensor)
+        file = self._file
+        file.require_known(number, tensor)  # before memory is made for it
+        dtype, shape, nbytes = file.info(number, tensor)
         return _DTYPE_NAMES[dtype], shape, nbytes
 
     def _device(self, device: Any) -> Any:
@@ -530,7 +553,7 @@ class File:
         file = self._file
         damaged = file.verify(self._threads, progress)
         if damaged:
-            what = "; ".join(file.describe(plane) for plane in sorted({p for p, _ in damaged}))
+            what = "; ".join(file.describe_all(sorted({plane for plane, _ in damaged})))
             raise ChecksumError(f"{self._label}: damaged, wrong checksums in: {what}")
         planes = file.planes()
         for number, (_, coding, *_) in enumerate(planes):

@@ -50,6 +50,8 @@ def encode(
         raise ArgumentError(f"shared_dtype must be a float or int8, not {shared_dtype}")
     if len(thresholds) != len(tasks):
         raise ArgumentError(f"{len(thresholds)} thresholds for {len(tasks)} tasks")
+    if rule == "published" and any(threshold < 0 for threshold in thresholds):
+        raise ArgumentError(f"λ is 0 or more, not {min(thresholds)}")  # back-ends would differ
     backend, base = _start("base", base)
     tasks = [_same(f"tasks[{k}]", task, base, *_FLOATS) for k, task in enumerate(tasks)]
     if merged is not None:

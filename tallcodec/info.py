@@ -230,7 +230,7 @@ def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes:
             tau_sq += entry["tau_sq"]
             dot += entry["dot"]
             approx_sq += entry["approx_sq"]
-    error_sq = max(0.0, approx_sq - 2 * dot + tau_sq)
+    error_sq = _ratio(max(0.0, approx_sq - 2 * dot + tau_sq), tau_sq)
     return TaskInfo(
         name=task["name"],
         method=name_of(task["method"], numbers.METHODS),
@@ -242,7 +242,7 @@ def _task_info(file: _core.File, number: int, task: dict, tensors: list, planes:
         density=_ratio(set_bits, coded),
         published_density=_ratio(published, coded),
         gain=_ratio(dot, tau_sq),
-        error=math.sqrt(_ratio(error_sq, tau_sq)),
+        error=math.sqrt(error_sq) if error_sq >= 0 else math.nan,  # a file may claim anything
         tensors={kind: count for kind, count in tally.items() if kind != "unknown" or count},
         verbatim=verbatim,
     )

@@ -1,14 +1,17 @@
 """What the masks of a file say: how dense they are, how many tasks agree, how much two share."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 
+from .errors import ArgumentError
 from .file import open as open_file
 from .progress import Progress, check_progress
 
+_MAX_TASKS = 4096  # the square of it in numbers are held at once
 _LISTED = 24  # layers that the table shows one by one
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")  # "encoder.layer.3" of encoder.layer.3.output.bias
 
@@ -194,7 +197,16 @@ def stats(
         core, tasks = file._file, file.tasks
         records = core.tensors()
         own = [i for i, t in enumerate(records) if t["in_base"] and t["alias"] is None]
-        counted = core.count_masks(own, file._threads, True, progress)
+        if len(tasks) > _MAX_TASKS:
+            raise ArgumentError(
+                f"{file._label}: {len(tasks):,} tasks, whose overlaps would be {len(tasks) ** 2:,} "
+                f"numbers: at most {_MAX_TASKS:,} are counted"
+            )
+        batch = max(1, _MAX_TASKS**2 // max(1, len(tasks)) ** 2)  # tensors, for memory's sake
+        counted = itertools.chain.from_iterable(
+            core.count_masks(own[i : i + batch], file._threads, True, progress)
+            for i in range(0, len(own), batch)
+        )
         tensors = []
         overlap = [[0] * len(tasks) for _ in tasks]
         for i, counts in zip(own, counted):

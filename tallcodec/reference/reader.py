@@ -175,7 +175,7 @@ class Reference:
         self.dims, self.sums, self.counts = (
             np.frombuffer(take(count, 8), "<u8").tolist()
             for count in (head.dims, head.sums, head.counts))
-        self.strings = take(head.strings, 1)
+        self.strings, self.named = take(head.strings, 1), 0
         _check(len(index) - at < 64 and not any(index[at:]), "bytes behind the index's strings")
         self.base_storage, self.merge, self.scale = head.base_storage, head.merge, head.scale
         self.writer = self._text(head.writer)
@@ -184,6 +184,8 @@ class Reference:
     def _text(self, reference):
         offset, length = struct.unpack("<II", reference)
         _check(offset + length <= len(self.strings), "a string lies outside the strings")
+        self.named += length
+        _check(self.named <= len(self.strings), "names and values are longer than all strings")
         try:
             return self.strings[offset : offset + length].decode()
         except UnicodeDecodeError as e:
@@ -208,7 +210,8 @@ class Reference:
             _check(p.raw_size != 0, "a plane has raw size 0")
             _check(max(p.size, p.raw_size) < 2**63, "a plane is absurdly large")
             if external:
-                _check(p.kind == BASE and p.offset == p.size == 0, "a plane is wrongly external")
+                _check((p.kind == BASE or p.kind not in KINDS) and p.offset == p.size == 0
+                       and self.base_storage == REFERENCED, "a plane is wrongly external")
             _check(external or p.size != 0, "a plane is empty")
             if p.kind == BASE:
                 _check(external == (self.base_storage == REFERENCED),
@@ -219,8 +222,9 @@ class Reference:
                 _check(p.coding != CONDITIONAL or p.kind == MASK,
                        "only masks are coded given the shared vector")
             if p.coding == ZSTD:
-                _check(p.kind in (VERBATIM, FILE), "a plane of this kind is no zstd frame")
-                _check(p.raw_size <= 32768 * p.size, "a zstd frame cannot hold that much")
+                _check(p.kind in (VERBATIM, FILE) or p.kind not in KINDS,
+                       "a plane of this kind is no zstd frame")
+                _check(p.raw_size <= min(32768 * p.size, 2**26), "no zstd frame holds that much")
             sums = sum_count(p.raw_size if external else p.size)
             _check(p.first_sum + sums <= len(self.sums), "checksums outside the table")
         keys = [(p.coding == EXTERNAL, p.offset) for p in self.planes]
@@ -258,6 +262,7 @@ class Reference:
         _check(t.in_base in (0, 1), f"{what}: in the base or not?")
         _check(t.first_count + t.counts <= len(self.counts) and (t.counts or not t.first_count),
                f"{what}: counts outside the table")
+        _check(t.counts <= len(self.tasks) + 1, f"{what}: counts of more tasks than there are")
         if t.alias != NONE:
             _check(t.alias < i, f"{what} is tied to no earlier tensor")
             target = self.tensors[t.alias]
@@ -314,7 +319,8 @@ class Reference:
             _check(dtype in ARITHMETIC and DTYPES[t.dtype] in ARITHMETIC and n > 0,
                    f"{what}: a ternary plane of no arithmetic type")
             _check(e.set_bits == e.published_bits <= n and e.factor == 0
-                   and e.scales_plane == NONE, f"{what}: a ternary plane like a mask")
+                   and e.scales_plane == NONE and math.isfinite(e.scale),
+                   f"{what}: a ternary plane like a mask")
             self._check_plane(e.plane, TERNARY_PLANE, 2 * -(-n // 8), what)
             return e
         _check(dtype in ARITHMETIC and t.shared_plane != NONE, f"{what}: a mask of nothing")
@@ -397,14 +403,14 @@ class Reference:
 
     def mask(self, tensor, entry):
         """The mask of an entry of a tensor, flat, as bools."""
-        if self.planes[entry.plane].coding == CONDITIONAL:
+        if self._known(entry.plane).coding == CONDITIONAL:
             return conditional.decode(self._stored(entry.plane), self.shared(tensor))
         packed, n = np.frombuffer(self._bytes(entry.plane), np.uint8), math.prod(self.shape(tensor))
         return np.unpackbits(packed, count=n, bitorder="little").astype(bool)
 
     def signs(self, entry, n):
         """The vector of −1, 0, 1 of a ternary entry of n elements."""
-        if self.planes[entry.plane].coding == GAPS:
+        if self._known(entry.plane).coding == GAPS:
             return ternary.decode(self._stored(entry.plane), n)
         return ternary.raw_signs(self._bytes(entry.plane), n)
 
@@ -443,6 +449,7 @@ class Reference:
         dtype, shape = DTYPES[t.dtype], self.shape(t)
         if t.base_plane == NONE:
             return np.empty(shape, dtype)
+        self._known(t.base_plane)
         if self.base_storage == EMBEDDED:
             return self._array(t.base_plane, t.dtype).reshape(shape)
         given = (self.base or {}).get(t.name)
@@ -461,9 +468,7 @@ class Reference:
 
     def _bytes(self, number):
         """What a plane decodes to."""
-        p = self.planes[number]
-        _check(p.kind in KINDS and p.coding in (RAW, ZSTD),
-               f"plane {number} has unknown kind {p.kind} or coding {p.coding}", VersionError)
+        p = self._known(number)
         stored = self._stored(number)
         if p.coding == RAW:
             return stored
@@ -472,6 +477,13 @@ class Reference:
             return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as e:
             raise FormatError(f"plane {number} is no zstd frame: {e}") from None
+
+    def _known(self, number):
+        """A plane that can be decoded."""
+        p = self.planes[number]
+        _check(p.kind in KINDS and p.coding <= CONDITIONAL,
+               f"plane {number} has unknown kind {p.kind} or coding {p.coding}", VersionError)
+        return p
 
     def _stored(self, number):
         """The stored bytes of a plane, their checksums right."""

@@ -1,0 +1,215 @@
+"""Damaged files, repaired from another copy or from a checkpoint: never made worse."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+
+import tallcodec
+from helpers import normal, write_safetensors
+from tallcodec import _core, cli, repair
+from tallcodec.errors import ArgumentError, ChecksumError, FormatError, TallcodecError, WriteError
+
+BLOCK = 65536
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A base of some blocks and a task with a tensor of its own, as files."""
+    base = {"a": normal((300, 200), 1), "b": normal((70, 90), 2)}
+    task = {name: (array + normal(array.shape, 3) * 0.1).astype(np.float32)
+            for name, array in base.items()}  # fmt: skip
+    random_bytes = np.random.default_rng(4).bytes(30 * 900 * 4)  # not worth compressing
+    task["head"] = np.frombuffer(random_bytes, np.int32).reshape(30, 900)
+    return (write_safetensors(tmp_path / "base.safetensors", base),
+            write_safetensors(tmp_path / "task.safetensors", task))  # fmt: skip
+
+
+@pytest.fixture
+def paths(tmp_path, checkpoints):
+    """A file and a copy of it."""
+    base, task = checkpoints
+    path, copy = tmp_path / "file.tall", tmp_path / "copy.tall"
+    tallcodec.encode(base, {"t": task}, path, coding="raw")
+    copy.write_bytes(path.read_bytes())
+    return path, copy
+
+
+def blocks_of(data):
+    """(plane, block, offset) of all."""
+    return [
+        (plane, block, offset + block * BLOCK)
+        for plane, (_, _, offset, size, _) in enumerate(_core.File("", data).planes())
+        for block in range(-(-size // BLOCK))
+    ]
+
+
+def flip(path, *offsets):
+    data = bytearray(path.read_bytes())
+    for offset in offsets:
+        data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def damage_of(path):
+    """What is wrong, as something that can be compared: less is better."""
+    try:
+        return set(_core.File("", path.read_bytes()).verify(1))
+    except FormatError:
+        return {"header or index", *[(p, b) for p in range(99) for b in range(99)]}
+
+
+def test_two_copies_damaged_in_different_places(paths):
+    path, copy = paths
+    whole = path.read_bytes()
+    chance = random.Random(1)
+    offsets = [at + chance.randrange(64) for _, _, at in blocks_of(whole)]
+    flip(path, *offsets[::2])
+    flip(copy, *offsets[1::2])
+    result = tallcodec.verify(path, repair_from=copy)
+    assert result.planes and path.read_bytes() == whole
+    assert tallcodec.verify(copy, repair_from=path) and copy.read_bytes() == whole
+
+
+def test_what_is_damaged_in_both_is_named_and_the_rest_repaired(paths):
+    path, copy = paths
+    whole = path.read_bytes()
+    (_, _, first), (plane, block, second), *_ = blocks_of(whole)
+    flip(path, first, second)
+    flip(copy, second + 1)
+    with pytest.raises(ChecksumError, match="base plane of tensor 'a'"):
+        tallcodec.verify(path, repair_from=copy)
+    assert damage_of(path) == {(plane, block)}
+    assert path.read_bytes()[: first + BLOCK] == whole[: first + BLOCK]
+
+
+def places(whole):
+    index = int.from_bytes(whole[72:80], "little")
+    return {"magic": 1, "header": 20, "slot": 64 + 10, "slot's hash": 64 + 60, "index": index + 200,
+            "end of the index": len(whole) - 70}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["magic", "header", "slot", "slot's hash", "index",
+                                   "end of the index"])  # fmt: skip
+def test_header_or_index(paths, where):
+    path, copy = paths
+    whole = path.read_bytes()
+    flip(path, places(whole)[where], blocks_of(whole)[2][2])
+    with pytest.raises(FormatError):
+        tallcodec.open(path, "np")
+    tallcodec.verify(path, repair_from=copy)
+    assert path.read_bytes() == whole
+
+
+def test_header_and_index_is_too_much(paths):
+    path, copy = paths
+    whole = path.read_bytes()
+    flip(path, places(whole)["slot"], places(whole)["index"])
+    before = path.read_bytes()
+    with pytest.raises(ArgumentError, match="nothing that is left of header and index"):
+        tallcodec.verify(path, repair_from=copy)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_file_is_refused(paths, tmp_path, checkpoints, damaged):
+    path, _ = paths
+    other = tmp_path / "other.tall"
+    tallcodec.encode(checkpoints[0], {"t": checkpoints[1]}, other, metadata={"k": "v"})
+    if damaged:
+        flip(path, blocks_of(path.read_bytes())[0][2])
+    before = path.read_bytes()
+    with pytest.raises(ArgumentError, match="it is another file"):
+        tallcodec.verify(path, repair_from=other)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_cut_short_is_copied_instead(paths):
+    path, copy = paths
+    os.truncate(path, path.stat().st_size - 64)
+    with pytest.raises(ArgumentError):
+        tallcodec.verify(path, repair_from=copy)
+
+
+def test_from_the_checkpoints_it_was_encoded_from(paths, checkpoints):
+    """What is stored as it is: planes of the base, and what is verbatim."""
+    path, _ = paths
+    whole = path.read_bytes()
+    kinds = [kind for kind, *_ in _core.File("", whole).planes()]
+    base, verbatim, mask = kinds.index(1), kinds.index(6), kinds.index(3)
+    at = {plane: offset for plane, _, offset in reversed(blocks_of(whole))}
+    flip(path, at[base] + BLOCK + 5, at[verbatim] + 7, at[mask])
+    with pytest.raises(ChecksumError, match="verbatim plane of tensor 'head', task 't'"):
+        tallcodec.verify(path, repair_from=checkpoints[0])
+    assert damage_of(path) == {(verbatim, 0), (mask, 0)}
+    with pytest.raises(ChecksumError, match="mask of tensor 'a', task 't'$"):
+        tallcodec.verify(path, repair_from=checkpoints[1])
+    assert damage_of(path) == {(mask, 0)}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("where", ["planes", "slot", "index"])
+def test_interrupted_at_every_write_it_is_never_worse(paths, monkeypatch, where):
+    path, copy = paths
+    whole = path.read_bytes()
+    flip(path, *[at for _, _, at in blocks_of(whole)[::2]])
+    if where != "planes":
+        flip(path, places(whole)[where])
+    broken = path.read_bytes()
+    real = os.pwrite
+    for left in range(50):
+        path.write_bytes(broken)
+        writes = [left]
+
+        def pwrite(fd, data, offset):
+            if not writes[0]:
+                real(fd, data[: len(data) // 2], offset)  # torn
+                raise Killed
+            writes[0] -= 1
+            return real(fd, data, offset)
+
+        before = damage_of(path)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        try:
+            tallcodec.verify(path, repair_from=copy)
+        except Killed:
+            finished = False
+        else:
+            finished = True
+        monkeypatch.setattr(os, "pwrite", real)
+        assert damage_of(path) <= before
+        tallcodec.verify(path, repair_from=copy)
+        assert path.read_bytes() == whole
+        if finished:
+            assert left > 1
+            return
+    pytest.fail("it wrote more than there was to repair")
+
+
+def test_a_sound_file_is_not_written(paths, monkeypatch):
+    path, copy = paths
+    monkeypatch.setattr(repair, "_write", lambda *_: pytest.fail("written"))
+    tallcodec.verify(path, repair_from=copy)
+    tallcodec.verify(path, repair_from=path)
+
+
+def test_files_that_cannot_be_written(paths, tmp_path):
+    path, copy = paths
+    with pytest.raises(WriteError):
+        tallcodec.verify(tmp_path / "none.tall", repair_from=copy)
+    with pytest.raises(TallcodecError):
+        tallcodec.verify(path, repair_from=tmp_path / "none.tall")
+
+
+def test_by_the_command(paths, capsys):
+    path, copy = paths
+    whole = path.read_bytes()
+    flip(path, blocks_of(whole)[0][2])
+    assert cli.main(["verify", str(path)]) == 1
+    assert "base plane of tensor 'a'" in capsys.readouterr().err
+    assert cli.main(["verify", str(path), "--repair-from", str(copy)]) == 0
+    assert path.read_bytes() == whole
