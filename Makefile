@@ -26,7 +26,7 @@ INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --disa
 	touch $@
 
 .venv/built-cuda: .venv/gpu-packages $(SOURCES)
-	TALLCODEC_CUDA=ON CUDACXX=$$(echo "$(CURDIR)"/.venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc) $(INSTALL)
+	TALLCODEC_CUDA=ON CMAKE_ARGS=-DTALLCODEC_STRICT=ON CUDACXX=$$(echo "$(CURDIR)"/.venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc) $(INSTALL)
 	touch .venv/built $@
 
 .venv/gpu-packages: requirements-gpu.txt .venv/packages

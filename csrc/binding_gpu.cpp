@@ -151,6 +151,7 @@ GpuCoded coded_of(Address plane, uint64_t size, uint64_t n, Address status) {
 void bind_gpu(py::module_& m) {
   using namespace tallcodec;
   py::module_ g = m.def_submodule("gpu", "The GPU's kernels on addresses.");
+  g.attr("HELD") = kGpuHeld;
   g.def("tables", [] {
     std::vector<std::string> names;
     for (const GpuKernels* table : tables()) names.emplace_back(table->name);

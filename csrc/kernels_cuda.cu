@@ -14,6 +14,7 @@ namespace tallcodec {
 namespace {
 
 TALLCODEC_GPU uint32_t bits_in(uint32_t word) { return uint32_t(__popc(int(word))); }
+TALLCODEC_GPU uint32_t equal_bytes(uint32_t a, uint32_t b) { return bits_in(__vcmpeq4(a, b)) / 8; }
 
 class Warp {
  public:

@@ -16,6 +16,11 @@ namespace tallcodec {
 namespace {
 
 uint32_t bits_in(uint32_t word) { return uint32_t(__builtin_popcount(word)); }
+uint32_t equal_bytes(uint32_t a, uint32_t b) {
+  uint32_t equal = 0;
+  for (uint32_t shift = 0; shift < 32; shift += 8) equal += (a >> shift & 0xff) == (b >> shift & 0xff);
+  return equal;
+}
 
 class Warp {
  public:

@@ -51,10 +51,12 @@ class CudaBackend:
             (task.data_ptr(), mask.data_ptr(), threshold, _DTYPES[task.dtype])
             for task, mask, threshold in zip(tasks, masks, thresholds)
         ]
-        table = table_of(_core.gpu.task_table(listed), base.device)
+        table = None  # the first tasks are arguments
+        if count > _core.gpu.HELD:
+            table = table_of(_core.gpu.task_table(listed), base.device)
         self._queue(base).encode(
             n, base.data_ptr(), _DTYPES[base.dtype], _DTYPES[shared_dtype], _RULES[rule], aligned,
-            listed, table.data_ptr(), _address(merged), shared.data_ptr(), _address(scales),
+            listed, _address(table), _address(merged), shared.data_ptr(), _address(scales),
             set_bits.data_ptr(), published_bits.data_ptr(), agreement.data_ptr(),
             nonfinite.data_ptr(),
         )  # fmt: skip
