@@ -6,7 +6,7 @@ CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON -DTALLCODEC_CUDA=OFF
 CPP_TEST_NAMES := kernels ternary conditional file resume gpu
 
-.PHONY: all demo test test-cpp test-python test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
+.PHONY: all demo test test-cpp test-python test-kills test-sanitize lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
 
 all: .venv/built
 
@@ -56,6 +56,10 @@ test-sanitize: .venv/packages
 
 test-python: .venv/built-cuda
 	$(BIN)/python -m pytest
+
+# Changes of a file killed at some thousands of random moments: a quarter of an hour.
+test-kills: .venv/built
+	TALLCODEC_KILLS=5000 $(BIN)/python -m pytest -q -s tests/test_faults.py
 
 # What the GPU's kernels became: registers, spills, instructions. Writes docs/gpu.md. Needs no GPU.
 gpu-inspect: .venv/built-cuda
