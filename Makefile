@@ -8,7 +8,7 @@ CPP_TEST_NAMES := kernels ternary conditional file resume gpu threads
 FUZZ_TARGETS := reader planes kernels journal
 FUZZ_SECONDS ?= 600
 
-.PHONY: all demo test test-cpp test-python test-sanitize test-threads test-properties fuzz can-fuzz portability wheel lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
+.PHONY: all demo test test-cpp test-python test-sanitize test-threads test-properties test-kills fuzz can-fuzz portability wheel lint bench bench-encoding bench-minilm bench-quality bench-reproduction bench-end-to-end test-vllm test-serve gpu gpu-inspect clean
 
 all: .venv/built
 
@@ -105,6 +105,10 @@ portability: .venv/packages
 # The sdist and the wheel, into dist/, each tested where nothing else is.
 wheel: .venv/packages
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/release.py
+
+# Changes of a file killed at some thousands of random moments: a quarter of an hour.
+test-kills: .venv/built
+	TALLCODEC_KILLS=5000 $(BIN)/python -m pytest -q -s tests/test_faults.py
 
 # What the GPU's kernels became: registers, spills, instructions. Writes docs/gpu.md. Needs no GPU.
 gpu-inspect: .venv/built-cuda

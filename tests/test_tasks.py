@@ -147,8 +147,9 @@ def same_but_for_ties(after, before):
     stays so."""
     a, b = reference.read(after), reference.read(before)
     assert [t.name for t in a.tensors] == [t.name for t in b.tensors]
-    return all(same(a.decode(task.name, t.name), b.decode(task.name, t.name))
-               for task in b.tasks for t in b.tensors if t.name in b.task_state(task.name))  # fmt: skip
+    for task in b.tasks:
+        assert_same(a.task_state(task.name), b.task_state(task.name))
+    return len(after) <= len(before) + 64 * len(a.tensors) * len(a.tasks)
 
 
 def test_come_and_gone(encode):
@@ -454,7 +455,7 @@ def test_who_has_it_open_keeps_it(encode):
 
 
 def test_readers_meanwhile(encode):
-    """Whoever opens the file while it changes, a few hundred times, finds one state or the other."""
+    """Whoever opens the file while it changes, some thousand times, finds one state or another."""
     base, tasks = small_family(("cars", "dtd", "sun397"))
     path = encode(base, some(tasks, "cars", "dtd"), method="ternary")
     expected = reference.read(path.read_bytes()).task_state("cars")
@@ -499,22 +500,23 @@ def test_a_second_writer_is_refused_at_once(encode):
     def try_others(*_):
         if tried:
             return
-        for call in (lambda: tallcodec.add(path, {"x": tasks["cars"]}),
-                     lambda: tallcodec.remove(path, ["cars"]),
-                     lambda: tallcodec.compact(path),
-                     lambda: tallcodec.encode(base, tasks, path, overwrite=True),
-                     lambda: tallcodec.encode(base, tasks, path, overwrite=True, threads=1)):  # fmt: skip
+        for call in (
+            lambda: tallcodec.add(path, {"x": tasks["cars"]}),
+            lambda: tallcodec.remove(path, ["cars"]),
+            lambda: tallcodec.compact(path),
+            lambda: tallcodec.encode(base, tasks, path, overwrite=True),
+        ):
             with pytest.raises(WriteError, match="another process is writing it"):
                 call()
             tried.append(call)
         tallcodec.verify(path)
 
     tallcodec.add(path, some(tasks, "sun397"), progress=try_others)
-    assert len(tried) == 5
+    assert len(tried) == 4
     tried.clear()
     tallcodec.remove(path, ["dtd"])
     tallcodec.compact(path, progress=try_others)
-    assert len(tried) == 5
+    assert len(tried) == 4
     tried.clear()
 
     def try_to_add(*_):
@@ -612,8 +614,8 @@ def test_the_commands(checkpoints, tmp_path, capsys):
     assert path.read_bytes() == made
     status, out = run("add", path, "--task", cars, "--threshold", "0.4", "--method", "tall")
     assert status == 0
-    status, out = run("add", path, "--task", cars, f"--task=dtd={checkpoints / 'dtd'}", "--base",
-                      checkpoints / "base.safetensors", "--rebuild", "--threshold", "0.3")  # fmt: skip
+    again = ["--task", cars, f"--task=dtd={checkpoints / 'dtd'}", "--threshold", "0.3", "--rebuild"]
+    status, out = run("add", path, "--base", checkpoints / "base.safetensors", *again)
     assert status == 0
     expected = tmp_path / "b.tall"
     tallcodec.encode(checkpoints / "base.safetensors", {
@@ -631,9 +633,12 @@ def test_a_checkpoint_that_changes_meanwhile(encode, tmp_path):
     path = encode(base, some(tasks, "cars"))
     made = path.read_bytes()
     write_safetensors(tmp_path / "dtd.safetensors", tasks["dtd"])
+
+    def touch(*_):
+        os.utime(tmp_path / "dtd.safetensors", ns=(0, 0))
+
     with pytest.raises(ReadError, match="written to"):
-        tallcodec.add(path, {"dtd": tmp_path / "dtd.safetensors"},
-                      progress=lambda *_: os.utime(tmp_path / "dtd.safetensors", ns=(0, 0)))  # fmt: skip
+        tallcodec.add(path, {"dtd": tmp_path / "dtd.safetensors"}, progress=touch)
     assert path.read_bytes() == made
 
 

@@ -117,6 +117,30 @@ def families():
         "base_storage": "reference", "coding": "entropy"}  # fmt: skip
 
 
+def changed():
+    """Name, bytes and base of files to which tasks came and from which they went. A task that comes
+    unties a tensor and has a head; another one is ternary; one that goes had a file like another's.
+    """
+    b, v = values(21, 1, shape=(3, 7)), values(5, 2)
+    base = {"a": b, "b": v, "tied": v}
+    tasks = {k: base | {"a": task(b, n), "b": task(v, n), "tied": task(v, n)}
+             for n, k in enumerate(("cars", "dtd", "sun397"), 1)}  # fmt: skip
+    cars, dtd, sun397 = ({name: state} for name, state in tasks.items())
+    options = {"method": "adapted", "scale": "unit-gain", "shared_dtype": "int8",
+               "writer": "tallcodec 0.1.0"}  # fmt: skip
+    file = {"vocab.txt": b"x\ny\n"}
+    parted = {"dtd": dtd["dtd"] | {"tied": task(v, 5), "head": values(3, 1)}}
+    added = reference.add(reference.write(base, cars, **options), parted)
+    yield "v1-added", added, None
+    two = reference.write(base, cars | dtd, task_files={"cars": file, "dtd": file}, **options)
+    yield "v1-removed", reference.remove(two, ["cars"]), None
+    ternary = reference.add(added, sun397, method="ternary", bits={"sun397": 2})
+    yield "v1-compacted", reference.compact(reference.remove(ternary, ["cars"])), None
+    options |= {"base_storage": "reference"}
+    yield "v1-added-to-referenced-base", reference.add(
+        reference.write(base, cars, **options), dtd, base=base), base  # fmt: skip
+
+
 def build():
     """Name, bytes, and the base where the file only references it."""
     thresholds = {"cars": 0.4, "dtd": 0.5}
@@ -130,6 +154,7 @@ def build():
             **options,
         )
         yield f"v1-{name}", data, base if options.get("base_storage") == "reference" else None
+    yield from changed()
 
 
 def describe(data, base):
