@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from release import ROOT, check_install, environment, install, run
+from release import ROOT, TEST_PACKAGES, check_install, environment, install, run
 
 BUILD = ROOT / "build" / "portability"
 TESTS = ("kernels", "ternary", "conditional", "file", "resume", "gpu", "threads")
@@ -151,8 +151,8 @@ def pythons() -> None:
         python = environment(BUILD / f"python3.{minor}", python)
         # The oldest Python has the oldest packages that are allowed, all others the newest.
         oldest = re.findall(r'"(\w+)>=([\d.]+)"', dependencies) if minor == 10 else []
-        install(python, *(f"{name}=={version}.*" for name, version in oldest))
-        install(python, ROOT, "pytest", "hypothesis", "xxhash")
+        oldest = [f"{name}=={version}.*" for name, version in oldest]
+        install(python, ROOT, *oldest, *TEST_PACKAGES)
         check_install(python)
         run(python, "-m", "pip", "list", "--disable-pip-version-check")
         done.append(f"Python 3.{minor}" + (", with the oldest packages allowed" if oldest else ""))
