@@ -168,7 +168,8 @@ void test_every_item(const Case& c, const std::string& expected) {
     Temporary file, journal;  // again and again, a little later each time
     int times = 0;
     while (interrupted(c, file, journal, threads, 2 + times / 4)) ++times;
-    check(times > 3 && file.bytes() == expected, "%s: another file after %d interruptions", c.name, times);
+    // Other threads may be done before this one is asked again.
+    check((times > 3 || threads > 1) && file.bytes() == expected, "%s: another file after %d interruptions", c.name, times);
   }
 }
 
