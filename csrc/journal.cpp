@@ -210,12 +210,27 @@ bool Journal::fits(const Record& r, const Draft& d) {
         !same(now.shared_scales_plane, then.shared_scales_plane)) {
       return false;
     }
+    if (now.dtype != then.dtype || now.rank != then.rank || now.in_base != then.in_base || now.alias != then.alias) {
+      return false;
+    }
+    const bool has_shared = now.shared_plane == then.shared_plane && now.shared_scales_plane == then.shared_scales_plane &&
+                            now.shared_dtype == then.shared_dtype;
+    for (uint32_t k = 0; k < d.tasks.size() && !has_shared; ++k) {
+      const auto entry = r.entries.find({k, id});
+      if (entry == r.entries.end() || entry->second.coding == Coding::Mask) return false;
+    }
   }
   for (const auto& [where, entry] : r.entries) {
     if (where.first >= d.tasks.size() || where.second >= d.tensors.size()) return false;
     const EntryRecord& then = d.tensors[where.second].entries[where.first].record;
+    if (entry.dtype != then.dtype || entry.rank != then.rank) return false;
     const bool ternary = entry.coding == Coding::Ternary && entry.plane >= d.planes.size() && entry.plane < count;
-    if (!(ternary || same(entry.plane, then.plane)) || !same(entry.scales_plane, then.scales_plane)) return false;
+    const bool kept = entry.coding == then.coding && (ternary || entry.plane == then.plane) &&
+                      same(entry.scales_plane, then.scales_plane);
+    // For a NaN or an infinity.
+    const bool left_out = entry.coding == Coding::Verbatim && entry.plane == kNone && entry.scales_plane == kNone &&
+                          (then.coding == Coding::Mask || then.coding == Coding::Ternary);
+    if (!kept && !left_out) return false;
   }
   return true;
 }

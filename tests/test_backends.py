@@ -7,7 +7,7 @@ import pytest
 
 from tallcodec import _core
 from tallcodec.backends import Block
-from tallcodec.errors import FormatError
+from tallcodec.errors import ArgumentError, FormatError
 from tallcodec.reference import conditional, ternary
 
 backends = importlib.import_module("tallcodec.backends")  # tallcodec.backends is a function
@@ -622,3 +622,11 @@ def test_unsound_masks(backend, guarded, seed):
         short = plane[:size].copy()
         short[:8] = np.array([size - 8], np.uint64).view(np.uint8)
         check_mask(backend, guarded, short, n, shared, None, mask_or_none(short, s))
+
+
+def test_negative_thresholds_are_refused():
+    """The kernels of a CPU compare magnitudes, which a negative λ has none of."""
+    gpu = pytest.importorskip("tallcodec.gpu", exc_type=ImportError)
+    base = torch.zeros(4)
+    with pytest.raises(ArgumentError, match="λ is 0 or more"):
+        gpu.encode(base, [base], [-0.5])

@@ -22,6 +22,7 @@ from tallcodec.errors import (
     FormatError,
     ReadError,
     TallcodecError,
+    VersionError,
     WriteError,
 )
 from tallcodec.reference import records
@@ -401,6 +402,22 @@ def test_no_elements_of_a_huge_shape(tmp_path, shape):
     assert ref.read(editor.finish()).base_state()["a"].shape == shape
     tallcodec.verify(path)
     tallcodec.stats(path)
+
+
+def test_a_huge_tensor_of_an_unknown_kind(tmp_path):
+    """Only its claimed shape says how large it is, and what needs an unknown number is refused."""
+    editor = Editor(ref.write(ONE, {}, thresholds={}))
+    editor.plane(records.BASE, kind=9)
+    struct.pack_into("<QQ", editor.data, editor.dims, 2**28, 2**28)
+    path = written(tmp_path, editor.finish())
+    with tallcodec.open(path, "np") as file:
+        for action in (
+            lambda: file.decode(None),
+            lambda: file.decode_rows(None, "a", 0, 2**28),
+            lambda: file.save(None, tmp_path / "out.safetensors"),
+        ):
+            with pytest.raises(VersionError, match="base plane of tensor 'a' has kind 9"):
+                action()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.0, 3e38, 1e-45])
