@@ -6,9 +6,9 @@ time.
 
 Tensors are torch's, contiguous, all on one device; packed bits are uint8, element i being bit i mod
 8 of byte i div 8. Work is queued on the device's current stream, nothing waits for it. Back-ends
-(see :func:`tallcodec.backends`) give the same bits as each other and as the CPU. Files are decoded
-to a GPU by :meth:`tallcodec.File.decode`; products with many tasks' weights are in
-:mod:`tallcodec.matmul_triton`.
+(see :func:`tallcodec.backends`) give the same bits as each other and as the CPU; which one computes
+is for TALLCODEC_BACKEND alone to say. Files are decoded to a GPU by :meth:`tallcodec.File.decode`;
+products with many tasks' weights are in :mod:`tallcodec.matmul_triton`.
 """
 
 from collections.abc import Sequence

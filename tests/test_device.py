@@ -28,6 +28,8 @@ from tallcodec import errors, numbers
 
 torch = pytest.importorskip("torch")
 
+from tallcodec.kernels_cuda import CudaBackend  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Triton's interpreter
 
 ROOT = Path(__file__).parents[1]
@@ -88,9 +90,9 @@ def fast(device):
     return device
 
 
-def on_cpu(path, base=None):
+def on_cpu(path, base=None, **options):
     """What the core decodes of every task."""
-    with tallcodec.open(path, "np", base) as file:
+    with tallcodec.open(path, "np", base, **options) as file:
         return {task: file.decode(task) for task in (None, *file.tasks)}
 
 
@@ -486,6 +488,48 @@ def test_a_backend_that_is_not_known_is_refused(small_file, monkeypatch):
             with pytest.raises(errors.ArgumentError, match="=vulkan: there are cpu, cuda and tri"):
                 call()
     assert not os.path.exists("x.tall")
+
+
+@pytest.mark.parametrize("said", ["argument", "environment"])
+def test_a_backend_is_an_argument_before_the_environment(small_file, monkeypatch, said):
+    monkeypatch.setenv("TALLCODEC_BACKEND", "cuda-host" if said == "environment" else "vulkan")
+    forced = {"backend": "cuda-host"} if said == "argument" else {}
+    cpu, used = torch.device("cpu"), []
+    decode = CudaBackend.decode
+    monkeypatch.setattr(CudaBackend, "decode", lambda *a: (used.append(1), decode(*a)))
+    expected = on_cpu(small_file, backend="cpu")["cars"]
+    with tallcodec.open(small_file, backend="cpu") as file:
+        loaded = file.load("cars")
+        assert file._backend(cpu) is None and not used
+    with tallcodec.open(small_file, **forced) as file, pickle.loads(pickle.dumps(file)) as again:
+        for each in (file, again):
+            assert each._backend(cpu).name == "cuda-host"
+            assert_same(numpy_state(each.decode("cars")), expected)
+            assert used
+            used.clear()
+        assert type(file.load("cars")._planes) is not type(loaded._planes)
+
+
+def test_a_backend_that_is_an_argument_is_checked_at_once(small_file):
+    for name in ("vulkan", "", 3, ["cpu"]):
+        with pytest.raises(errors.ArgumentError, match="^backend=.*: there are cpu, cuda and tri"):
+            tallcodec.open(small_file, backend=name)
+
+
+def test_a_switcher_has_the_backend_of_its_file(small_file, monkeypatch):
+    monkeypatch.setenv("TALLCODEC_BACKEND", "vulkan")
+    base, _ = small_family()
+    model = torch_state(base)
+    for name in ("cpu", "cuda-host"):
+        with tallcodec.open(small_file, backend=name) as file:
+            for given in ((file, {}), (small_file, {"backend": name})):
+                with tallcodec.Switcher(model, given[0], task="cars", **given[1]) as switcher:
+                    assert switcher._file._forced == name
+                assert_same(numpy_state(model), numpy_state(file.decode("cars")))
+            with pytest.raises(errors.ArgumentError, match="backend is for a path"):
+                tallcodec.Switcher(model, file, backend=name)
+    with pytest.raises(errors.ArgumentError, match="^backend=vulkan"):
+        tallcodec.Switcher(model, small_file, backend="vulkan")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
