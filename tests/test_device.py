@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tallcodec import errors, numbers
 
 torch = pytest.importorskip("torch")
 
+from tallcodec import device as device_module  # noqa: E402
 from tallcodec.kernels_cuda import CudaBackend  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Triton's interpreter
@@ -365,6 +367,28 @@ def test_coded_planes_that_are_not_sound_are_named(tmp_path, device, method):
             with pytest.raises(errors.ChecksumError, match=name):
                 file.load("t", device)
     assert refused > trials / 3
+
+
+def test_bits_are_let_go_of_before_they_are_known_to_be_sound(encode, fast, monkeypatch):
+    base = {"w": normal((9, 300), 1)}
+    path = encode(base, {"t": {"w": sparsely_changed(base["w"], 1)}}, coding="entropy")
+    made, unpack = [], device_module._Unpacked.__init__
+
+    def watched(self, *arguments):
+        unpack(self, *arguments)
+        made.extend(map(weakref.ref, (self, self.memory)))
+        self.status.flaws.fill_(1)
+
+    monkeypatch.setattr(device_module._Unpacked, "__init__", watched)
+    where = torch.empty(0, device=fast).device
+    with tallcodec.open(path) as file:
+        decoding = device_module.Decoding(file, 0, where, file._backend(where))
+        for _ in range(2):
+            decoding.decode([(0, torch.zeros(2700, device=where), 0, 2700)])
+        gc.collect()
+        assert len(made) == 4 and not any(each() for each in made)
+        with pytest.raises(errors.FormatError, match="'w'.*is not soundly coded"):
+            decoding.finish()
 
 
 # Planes that stay.
