@@ -14,6 +14,7 @@ from .errors import ArgumentError
 UNIT = 524288  # elements of a tensor for which statistics are summed in one go, lane by lane
 LANES = 16
 _OLDEST = 8, 0  # compute capability that the CUDA kernels are built for
+_TOO_OLD = "its kernels are for compute capability {}.{} and more".format(*_OLDEST)
 
 
 class Block(NamedTuple):
@@ -192,13 +193,26 @@ def _backend(name: str) -> Backend:
 
 
 def _devices(name: str) -> tuple[str, ...]:
+    """Where a back-end works, one that is here."""
     if name in ("cpu", "cuda-host"):
         return ("cpu",)
     import torch
 
-    found = tuple(f"cuda:{k}" for k in range(torch.cuda.device_count()))
+    found = tuple(
+        f"cuda:{k}"
+        for k in range(torch.cuda.device_count())
+        if name != "cuda" or _capability(k) >= _OLDEST
+    )
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return ("cpu", *found) if interpreted else found
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    """Initialises CUDA: nothing that is done where no back-end is asked for calls it."""
+    import torch
+
+    return torch.cuda.get_device_capability(device)
 
 
 def _flaw(name: str, device: Any) -> str:
@@ -208,8 +222,9 @@ def _flaw(name: str, device: Any) -> str:
     if name == "cuda":
         import torch
 
-        if torch.cuda.get_device_capability(device) < _OLDEST:
-            return "its kernels are for compute capability {}.{} and more".format(*_OLDEST)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if _capability(index) < _OLDEST:
+            return _TOO_OLD
     return ""
 
 
@@ -218,7 +233,10 @@ def _require(name: str, *modules: str) -> None:
         if importlib.util.find_spec(module) is None:
             raise ArgumentError(f"{module} is not installed")
     if not _devices(name):
-        raise ArgumentError("PyTorch sees no CUDA device")
+        import torch
+
+        found = torch.cuda.device_count()
+        raise ArgumentError(_TOO_OLD if found else "PyTorch sees no CUDA device")
 
 
 def _triton() -> Backend:

@@ -486,6 +486,25 @@ def test_backends_are_told():
         assert info.available == bool(info.devices) and (info.available or info.detail)
 
 
+@pytest.mark.parametrize("capabilities, works", [([(7, 5), (9, 0)], ("cuda:1",)), ([(7, 0)], ())])
+def test_devices_that_are_too_old_are_not_told(monkeypatch, capabilities, works):
+    module = sys.modules["tallcodec.backends"]
+    monkeypatch.setattr(module._core.gpu, "devices", lambda name: (len(capabilities), ""))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "_capability", capabilities.__getitem__)
+    monkeypatch.setattr(module, "_backend", module._backend.__wrapped__)
+    found = tallcodec.backends()["cuda"]
+    assert (found.available, found.devices) == (bool(works), works)
+    assert works or found.detail == "its kernels are for compute capability 8.0 and more"
+    for place in ("cuda", *(f"cuda:{k}" for k in range(len(capabilities)))):
+        if place in works:
+            assert module.choose(torch.device(place), "cuda").name == "cuda"
+        else:
+            with pytest.raises(errors.ArgumentError, match="capability 8.0 and more"):
+                module.choose(torch.device(place), "cuda")
+
+
 @pytest.mark.parametrize("hidden, detail", [("torch", "torch is not installed"),
                                             ("triton", "triton is not installed")])  # fmt: skip
 def test_backends_without(hidden, detail):
