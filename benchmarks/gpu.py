@@ -7,6 +7,7 @@
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -14,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import DOCS, RESULTS, markdown, write_csv, write_part
-from shapes import llama
+from shapes import LLAMA_2_7B
 
 # Memory bandwidth in bytes/s, from the data sheets (SXM, 80, 80 and 141 GB).
 GPUS = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
-PARAMETERS_7B = 6_738_415_616
+PARAMETERS_7B = sum(map(math.prod, LLAMA_2_7B.values()))
 TASKS = 8
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / 128, "signs": 1 / 8}
 
@@ -162,31 +163,33 @@ def measure_others(backend, copy: float) -> list[dict]:
 
 
 def measure_switch(backend, shared: str) -> dict:
-    """A 7B model, all of its tensors, from task to task: base and shared vector on the device."""
+    """Llama-2-7B, all of its tensors, from task to task: base and shared vector on the device."""
     import torch
 
     from tallcodec.backends import Block
 
     blocks = []
-    for shape in llama(4096, 32, 32000).values():
-        n = torch.Size(shape).numel()
+    for n in map(math.prod, LLAMA_2_7B.values()):
         base, out = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         blocks.append(Block(n, base, out, packed(n), *shared_of(n, shared)))
     took = seconds(lambda: backend.decode(blocks), 5)
     start = time.perf_counter()
     backend.decode(blocks)
     queued = time.perf_counter() - start
-    return {"switch of a 7B model": named(shared), "back-end": backend.name,
-            "tensors": len(blocks), "ms": round(1e3 * took, 2),
-            "ms on the host": round(1e3 * queued, 2)}  # fmt: skip
+    rate = PARAMETERS_7B * decode_bytes("bfloat16", shared) / took
+    return {"switch of Llama-2-7B": named(shared), "back-end": backend.name,
+            "tensors": len(blocks), "parameters": f"{PARAMETERS_7B:,}", "ms": round(1e3 * took, 2),
+            "GB/s": round(rate / 1e9), "ms on the host": round(1e3 * queued, 2)}  # fmt: skip
 
 
-def measure_unpacking(name: str) -> list[dict]:
-    """Coded planes of a file of 100 M parameters, brought to the device and unpacked there."""
+def measure_unpacking() -> list[dict]:
+    """A task's coded planes of 100 M parameters, brought to the device and unpacked there, where
+    base and shared vector are already. Loading on the CPU checks these each time."""
     import numpy as np
     import torch
 
     import tallcodec
+    from tallcodec.backends import choose
 
     random = np.random.default_rng(0)
     base = {f"layer{k}": random.standard_normal((4096, 3072), np.float32) * 0.02 for k in range(8)}
@@ -198,20 +201,21 @@ def measure_unpacking(name: str) -> list[dict]:
             path = Path(folder) / f"{method}.tall"
             tallcodec.encode(base, {"task": task}, path, method=method, coding="entropy")
             with tallcodec.open(path) as file:
-                times = []
-                for _ in range(4):
-                    torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    loaded = file.load("task", device="cuda")
-                    torch.cuda.synchronize()
-                    times.append(time.perf_counter() - start)
-                    del loaded
-                start = time.perf_counter()
-                file.load("task")
-                cpu = time.perf_counter() - start
-            rows.append({"load of 100 M parameters": f"{method}, coded", "back-end": name,
-                         "ms": round(1e3 * statistics.median(times[1:]), 1),
-                         "ms on the CPU": round(1e3 * cpu, 1)})  # fmt: skip
+                kept = file.load("task", device="cuda")  # and so what tasks share
+                ms = {}
+                for device in ("cuda", "cpu"):
+                    times = []
+                    for _ in range(4):
+                        torch.cuda.synchronize()
+                        start = time.perf_counter()
+                        file.load("task", device)
+                        torch.cuda.synchronize()
+                        times.append(time.perf_counter() - start)
+                    ms[device] = round(1e3 * statistics.median(times[1:]), 1)
+                del kept
+            rows.append({"load of 100 M parameters": f"{method}, coded",
+                         "back-end": choose(torch.device("cuda")).name,
+                         "ms": ms["cuda"], "ms on the CPU, base checked": ms["cpu"]})  # fmt: skip
     return rows
 
 
@@ -228,7 +232,7 @@ def measure() -> dict[str, list[dict]]:
         kernels += measure_kernels(backend, copy)
         kernels += measure_others(backend, copy)
         switches += [measure_switch(backend, s) for s in ("bfloat16", "int8", "signs")]
-    return {"kernels": kernels, "switch": switches, "unpack": measure_unpacking("cuda")}
+    return {"kernels": kernels, "switch": switches, "unpack": measure_unpacking()}
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """Products with the weights of many tasks, decoded on the fly, against dense ones. Needs a GPU.
 
-    python benchmarks/gpu_matmul.py [--docs]   # a minute; writes results/gpu_matmul.csv
+    python benchmarks/gpu_matmul.py [--docs]   # two minutes; writes results/gpu_matmul.csv
     python benchmarks/gpu_matmul.py --quick    # one shape, few repeats: a look, nothing written
 
-Weights of a 7B model in bfloat16. Each product is a CUDA graph, timed by events on weights that are
-not in the L2 cache. `dense ms` is torch.nn.functional.linear with one dense weight for all rows,
-`8 dense ms` with a dense weight per task; GB/s are bytes that must be read or written once: base,
-shared vector, planes of the tasks, x and y.
+Weights of a 7B model in bfloat16. Ten products, each with a weight of its own, are one CUDA graph,
+timed by events and divided by ten: what a product reads is not in the L2 cache. `dense ms` is
+torch.nn.functional.linear with one dense weight for all rows, `8 dense ms` with a dense weight per
+task; GB/s are bytes that must be read or written once: base, shared vector, planes of the tasks, x
+and y.
 """
 
 import argparse
@@ -21,6 +22,7 @@ SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 ROWS = [1, 8, 32, 512]
 KINDS = ["TALL bf16", "TALL int8", "ternary"]
 TASKS = 8
+PRODUCTS = 10  # per graph; their weights are some times as large as the L2 cache
 
 
 def random_weight(columns, inner, kind, device) -> TaskWeight:
@@ -50,59 +52,64 @@ def bytes_moved(weight: TaskWeight, x, tasks: int) -> int:
     return size + (x.numel() + len(x) * len(weight.base)) * x.element_size()
 
 
-def contenders(weight: TaskWeight, rows: int, tasks: int) -> tuple[torch.Tensor, dict]:
-    """x, and the products by name. With one task it is an int, as for a batch of one user's."""
-    device, inner = weight.base.device, weight.base.shape[1]
+def contenders(weights: list[TaskWeight], rows: int, tasks: int) -> tuple[torch.Tensor, dict]:
+    """x, and the products by name, of a number from 0 on. With one task it is an int, as for a
+    batch of one user's."""
+    device, inner = weights[0].base.device, weights[0].base.shape[1]
     x = torch.randn(rows, inner, device=device).bfloat16()
     task_of_row = torch.arange(rows, device=device) % tasks if tasks > 1 else 0
     linear = torch.nn.functional.linear
-    products = {"ours": lambda: matmul(x, weight, task_of_row),
-                "dense": lambda: linear(x, weight.base)}
-    if tasks > 1:
-        dense = [weight.base.clone() for _ in range(tasks)]
-        products["8 dense"] = lambda: [linear(part, w) for part, w in zip(x.chunk(tasks), dense)]
+    products = {"ours": lambda k: matmul(x, weights[k], task_of_row),
+                "dense": lambda k: linear(x, weights[k].base)}
+    if tasks > 1:  # a weight comes again when seven others have been read
+        dense = [weight.base for weight in weights * 2]
+        products["8 dense"] = lambda k: [
+            linear(part, w) for part, w in zip(x.chunk(tasks), dense[k:])]
     return x, products
 
 
 def graph_of(product) -> torch.cuda.CUDAGraph:
+    """Of PRODUCTS of them."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            product()
+        for k in range(2):
+            product(k)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        product()
+        for k in range(PRODUCTS):
+            product(k)
     return graph
 
 
 def median_ms(products: dict, repeat: int) -> dict:
-    """Median milliseconds of each; they take turns. What fills the cache before each also gives the
-    CPU time to have the launch ready."""
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    """Median milliseconds of each product; they take turns. What is read before each fills the
+    cache, with nothing to be written back, and gives the CPU time to have the launch ready."""
+    other = torch.zeros(1 << 26, device="cuda")
     graphs = {name: graph_of(product) for name, product in products.items()}
     times = {name: [] for name in products}
     for _ in range(repeat):
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+            other.sum()
             start.record()
             graph.replay()
             end.record()
             times[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: statistics.median(start.elapsed_time(end) for start, end in pairs)
+    return {name: statistics.median(start.elapsed_time(end) for start, end in pairs) / PRODUCTS
             for name, pairs in times.items()}
 
 
 def measure(columns: int, inner: int, kind: str, repeat: int) -> list[dict]:
-    weight, results = random_weight(columns, inner, kind, "cuda"), []
+    weights = [random_weight(columns, inner, kind, "cuda") for _ in range(PRODUCTS)]
+    results = []
     for rows in ROWS:
         for tasks in (1, TASKS):
             if tasks > rows:
                 continue
-            x, products = contenders(weight, rows, tasks)
+            x, products = contenders(weights, rows, tasks)
             ms = median_ms(products, repeat)
             results.append({
                 "kind": kind, "weight": f"{columns} × {inner}", "rows": rows, "tasks": tasks,
@@ -110,7 +117,7 @@ def measure(columns: int, inner: int, kind: str, repeat: int) -> list[dict]:
                 "8 dense ms": round(ms["8 dense"], 4) if tasks > 1 else "",
                 "ours ÷ dense": round(ms["ours"] / ms["dense"], 2),
                 "ours ÷ 8 dense": round(ms["ours"] / ms["8 dense"], 2) if tasks > 1 else "",
-                "GB/s": round(bytes_moved(weight, x, tasks) / ms["ours"] / 1e6),
+                "GB/s": round(bytes_moved(weights[0], x, tasks) / ms["ours"] / 1e6),
             })
     return results
 

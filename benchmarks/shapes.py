@@ -88,21 +88,28 @@ def t5(width: int, layers: int, feed_forward: int, heads: int, vocabulary: int) 
     return Architecture(trained, {"shared.weight": (vocabulary, width)})
 
 
-def llama(width: int, layers: int, vocabulary: int) -> Shapes:
-    """A Llama with grouped-query attention and tied embeddings, in proportion to its width."""
+def llama(
+    width: int, layers: int, vocabulary: int, feed_forward: int = 0, groups: int = 4,
+    tied: bool = True,
+) -> Shapes:  # fmt: skip
+    """A Llama in which so many ``groups`` of queries share keys and values. Its feed-forward layers
+    are in proportion to its width, where their size is not given."""
+    feed_forward = feed_forward or 11 * width // 4
+    keys = width // groups
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, width)}
     for i in range(layers):
         block = f"model.layers.{i}"
-        for part, into in (("q", width), ("k", width // 4), ("v", width // 4), ("o", width)):
+        for part, into in (("q", width), ("k", keys), ("v", keys), ("o", width)):
             shapes[f"{block}.self_attn.{part}_proj.weight"] = (into, width)
         shapes |= {
-            f"{block}.mlp.gate_proj.weight": (11 * width // 4, width),
-            f"{block}.mlp.up_proj.weight": (11 * width // 4, width),
-            f"{block}.mlp.down_proj.weight": (width, 11 * width // 4),
+            f"{block}.mlp.gate_proj.weight": (feed_forward, width),
+            f"{block}.mlp.up_proj.weight": (feed_forward, width),
+            f"{block}.mlp.down_proj.weight": (width, feed_forward),
             f"{block}.input_layernorm.weight": (width,),
             f"{block}.post_attention_layernorm.weight": (width,),
         }
-    return shapes | {"model.norm.weight": (width,)}
+    shapes["model.norm.weight"] = (width,)
+    return shapes if tied else shapes | {"lm_head.weight": (vocabulary, width)}
 
 
 def _norm(name: str, width: int) -> Shapes:
@@ -112,6 +119,8 @@ def _norm(name: str, width: int) -> Shapes:
 def _linear(name: str, out: int, into: int) -> Shapes:
     return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
 
+
+LLAMA_2_7B = llama(4096, 32, 32000, feed_forward=11008, groups=1, tied=False)
 
 ARCHITECTURES = {
     "ViT-B-32": vit(768, 12, 32, 512),

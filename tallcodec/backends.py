@@ -14,6 +14,7 @@ from .errors import ArgumentError
 UNIT = 524288  # elements of a tensor for which statistics are summed in one go, lane by lane
 LANES = 16
 _OLDEST = 8, 0  # compute capability that the CUDA kernels are built for
+_TOO_OLD = "its kernels are for compute capability {}.{} and more".format(*_OLDEST)
 
 
 class Block(NamedTuple):
@@ -123,7 +124,8 @@ class BackendInfo:
 
 def backends() -> dict[str, BackendInfo]:
     """What can decode here: "cpu", the C++ core, and of "cuda" and "triton" whether they can, on
-    which devices, and if not, why. TALLCODEC_BACKEND forces one of them."""
+    which devices, and if not, why. ``backend=`` of :func:`tallcodec.open`, or TALLCODEC_BACKEND,
+    forces one of them."""
     known = _core.kernels.available()
     kernels = os.environ.get("TALLCODEC_KERNELS") or known[0]
     found = [BackendInfo("cpu", kernels in known, f"{kernels} kernels", ("cpu",))]
@@ -136,26 +138,28 @@ def backends() -> dict[str, BackendInfo]:
     return {info.name: info for info in found}
 
 
-def forced() -> str | None:
-    """The back-end that TALLCODEC_BACKEND names. Raises ArgumentError where it is not there."""
-    name = os.environ.get("TALLCODEC_BACKEND") or None
+def forced(name: str | None = None) -> str | None:
+    """The back-end that an argument names, or else TALLCODEC_BACKEND. Raises ArgumentError where
+    it is not there."""
+    said = "TALLCODEC_BACKEND" if name is None else "backend"
+    name = (os.environ.get("TALLCODEC_BACKEND") or None) if name is None else name
     if name not in (None, "cpu"):
-        if name not in _MAKERS:
-            raise ArgumentError(f"TALLCODEC_BACKEND={name}: there are cpu, cuda and triton")
+        if not isinstance(name, str) or name not in _MAKERS:
+            raise ArgumentError(f"{said}={name}: there are cpu, cuda and triton")
         try:
             _backend(name)
         except ArgumentError as error:
-            raise ArgumentError(f"TALLCODEC_BACKEND={name}: {error}") from error
+            raise ArgumentError(f"{said}={name}: {error}") from error
     return name
 
 
-def choose(device: Any) -> Backend | None:
+def choose(device: Any, name: str | None = None) -> Backend | None:
     """What decodes to a torch device: a back-end, or None: the C++ core (and where the device is
-    not the CPU, TALLCODEC_BACKEND=cpu says so: its results are copied there).
+    not the CPU, "cpu" is forced: its results are copied there). ``name``: as in :func:`forced`.
 
     Raises ArgumentError where there is none.
     """
-    name = forced()
+    name = forced(name)
     if name == "cpu":
         return None
     if device.type == "cpu":
@@ -172,8 +176,8 @@ def choose(device: Any) -> Backend | None:
             return found
         missing.append(f"{candidate}: {flaw}")
     raise ArgumentError(
-        f"nothing here decodes to {device} ({'; '.join(missing)}); TALLCODEC_BACKEND=cpu decodes "
-        "on the CPU and copies"
+        f"nothing here decodes to {device} ({'; '.join(missing)}); the back-end cpu "
+        '(backend="cpu" of tallcodec.open, TALLCODEC_BACKEND=cpu) decodes on the CPU and copies'
     )
 
 
@@ -189,13 +193,26 @@ def _backend(name: str) -> Backend:
 
 
 def _devices(name: str) -> tuple[str, ...]:
+    """Where a back-end works, one that is here."""
     if name in ("cpu", "cuda-host"):
         return ("cpu",)
     import torch
 
-    found = tuple(f"cuda:{k}" for k in range(torch.cuda.device_count()))
+    found = tuple(
+        f"cuda:{k}"
+        for k in range(torch.cuda.device_count())
+        if name != "cuda" or _capability(k) >= _OLDEST
+    )
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return ("cpu", *found) if interpreted else found
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    """Initialises CUDA: nothing that is done where no back-end is asked for calls it."""
+    import torch
+
+    return torch.cuda.get_device_capability(device)
 
 
 def _flaw(name: str, device: Any) -> str:
@@ -205,8 +222,9 @@ def _flaw(name: str, device: Any) -> str:
     if name == "cuda":
         import torch
 
-        if torch.cuda.get_device_capability(device) < _OLDEST:
-            return "its kernels are for compute capability {}.{} and more".format(*_OLDEST)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if _capability(index) < _OLDEST:
+            return _TOO_OLD
     return ""
 
 
@@ -215,7 +233,10 @@ def _require(name: str, *modules: str) -> None:
         if importlib.util.find_spec(module) is None:
             raise ArgumentError(f"{module} is not installed")
     if not _devices(name):
-        raise ArgumentError("PyTorch sees no CUDA device")
+        import torch
+
+        found = torch.cuda.device_count()
+        raise ArgumentError(_TOO_OLD if found else "PyTorch sees no CUDA device")
 
 
 def _triton() -> Backend:

@@ -82,7 +82,7 @@ class Decoding:
     def __init__(self, file: Any, number: int, device: torch.device, backend: Backend):
         self._source = _Source(file, number, file._check)
         self._device, self._backend = device, backend
-        self._unpacked: list[_Unpacked] = []
+        self._statuses: list[_Status] = []
 
     def decode(self, parts: Sequence[tuple[int, torch.Tensor, int, int]]) -> None:
         """Decode parts of tensors: (number, flat memory on the device, first element, elements).
@@ -93,7 +93,7 @@ class Decoding:
         pieces = _pieces(records, (*_SHARED[:-1], *_OWN, *_CODED))
         planes = _upload(pieces, self._source.mapping, self._device)
         unpacked = _Unpacked(records, planes.__getitem__, self._device, self._backend)
-        self._unpacked.append(unpacked)
+        self._statuses.append(unpacked.status)
         recipes = [
             _recipe(record, planes.__getitem__, unpacked.bits)
             if record["copied"] is None
@@ -104,7 +104,7 @@ class Decoding:
 
     def finish(self) -> None:
         """Raise FormatError where a coded plane was not sound: what is decoded is not, either."""
-        _require_sound(self._unpacked, self._source)
+        _require_sound(self._statuses, self._source)
 
 
 class Planes:
@@ -124,14 +124,14 @@ class Planes:
         self._recipes: dict[int, Recipe] = {}
         self._memories: set[Memory] = set()
         self._sizes: dict[Any, int] = {}  # of the task's own
-        source, unpacked = _Source(file, number, verify=True), []
+        source, statuses = _Source(file, number, verify=True), []
         originals = list(dict.fromkeys(map(source.core.original, tensors)))
         residents: Residents = file._on_device.setdefault(device, Residents())
         with residents.lock:
             for batch in _batches(originals, lambda t: source.core.info(number, t)[2]):
-                unpacked.append(self._load(source, batch, residents))
+                statuses.append(self._load(source, batch, residents))
                 file._let_go(_BATCH_BYTES)
-            _require_sound(unpacked, source)
+            _require_sound(statuses, source)
 
     def bytes(self) -> int:
         """How many the task's own planes take."""
@@ -149,7 +149,7 @@ class Planes:
             memory.use()
         _decode(self._backend, ((self._recipes[tensor], out) for tensor, out in targets))
 
-    def _load(self, source: "_Source", tensors: list[int], residents: Residents) -> "_Unpacked":
+    def _load(self, source: "_Source", tensors: list[int], residents: Residents) -> "_Status":
         there = dict(residents.planes)
         plan = source.plan([(tensor, 0, 1 << 63) for tensor in tensors], set(there))
         records = plan.tensors()
@@ -177,7 +177,7 @@ class Planes:
             memory.seal()
         self._memories |= memories | new
         residents.planes.update(there)
-        return unpacked
+        return unpacked.status
 
 
 class _Source:
@@ -196,6 +196,13 @@ class _Source:
         return self._file._device_plan(self._number, parts, there, self._verify, self._base)
 
 
+class _Status(NamedTuple):
+    """Whether planes were sound, once they are unpacked: what outlives their bits."""
+
+    numbers: list[int]
+    flaws: torch.Tensor  # (planes,) int32 on the device, not 0 where one was not
+
+
 class _Unpacked:
     """The bits of the coded planes among what was taken: each as (mask, signs), signs of ternary
     ones only."""
@@ -205,12 +212,12 @@ class _Unpacked:
         backend: Backend,
     ):  # fmt: skip
         coded = {r["coded"]: r for r in records if r["coded"] is not None}
-        self.numbers = [number for number, *_ in coded]
         self.sizes = {
             piece: _bit_bytes(r["stop"] - r["start"]) * (2 if r["slots"] else 1)
             for piece, r in coded.items()
         }
-        self.status = torch.zeros(len(coded), dtype=torch.int32, device=device)
+        flaws = torch.zeros(len(coded), dtype=torch.int32, device=device)
+        self.status = _Status([number for number, *_ in coded], flaws)
         self.bits: dict[Piece, tuple[Any, Any]] = {}
         room = [(size + 7) // 8 * 8 for size in self.sizes.values()]
         self.memory = Memory(sum(room), device)
@@ -218,7 +225,7 @@ class _Unpacked:
         tables = iter(_to_device(slots, torch.int64, device).view(-1, 2048)) if slots else iter(())
         begin = 0
         for k, (piece, r) in enumerate(coded.items()):
-            n, status = r["stop"] - r["start"], self.status[k : k + 1]
+            n, status = r["stop"] - r["start"], flaws[k : k + 1]
             bits = self.memory.bytes[begin : begin + room[k]]
             begin += room[k]
             plane = find(piece).bytes
@@ -232,13 +239,13 @@ class _Unpacked:
             self.bits[piece] = mask, signs
 
 
-def _require_sound(unpacked: list[_Unpacked], source: _Source) -> None:
+def _require_sound(statuses: list[_Status], source: _Source) -> None:
     """Wait for planes to be unpacked. Raises FormatError, which names one that is not sound."""
-    unpacked = [u for u in unpacked if u.numbers]
-    if not unpacked:
+    statuses = [status for status in statuses if status.numbers]
+    if not statuses:
         return
-    numbers = [number for u in unpacked for number in u.numbers]
-    for number, flaw in zip(numbers, torch.cat([u.status for u in unpacked]).tolist()):
+    numbers = [number for status in statuses for number in status.numbers]
+    for number, flaw in zip(numbers, torch.cat([status.flaws for status in statuses]).tolist()):
         if flaw:
             what = source.core.describe(number)
             raise FormatError(f"{source.label}: {what}: is not soundly coded")

@@ -47,13 +47,16 @@ def open(
     *,
     threads: int | None = None,
     verify: bool = True,
+    backend: str | None = None,
 ) -> "File":
     """Open a `.tall` file.
 
     ``framework`` says what tensors are made of: "pt" (PyTorch) or "np" (NumPy, with ml_dtypes'
     bfloat16 and float8). ``base`` is the base checkpoint, needed where the file only references
     it. ``threads``: for decoding; default, one per CPU. ``verify=False`` leaves the checksums of
-    what is decoded unchecked (never those of header and index).
+    what is decoded unchecked (never those of header and index). ``backend``: what decodes to
+    devices, "cpu", "cuda" or "triton" (see :func:`tallcodec.backends`); "cpu" decodes on the CPU
+    and copies. Default: what TALLCODEC_BACKEND says, or else what there is for a device.
 
     The file is mapped: replace it by renaming another over it, as everything here does, or change
     it by :func:`tallcodec.add` and :func:`tallcodec.remove`, which leave what is there in its
@@ -61,9 +64,10 @@ def open(
     ReadError, or, while it is read, ends the process.
 
     Raises FormatError (VersionError, ChecksumError) when it is not a sound `.tall` file,
-    ReadError when it cannot be read, and what opening a checkpoint raises for ``base``.
+    ReadError when it cannot be read, ArgumentError for a back-end that is not here, and what
+    opening a checkpoint raises for ``base``.
     """
-    return File(path, framework, base, threads=threads, verify=verify)
+    return File(path, framework, base, threads=threads, verify=verify, backend=backend)
 
 
 def verify(
@@ -110,11 +114,13 @@ class File:
         *,
         threads: int | None = None,
         verify: bool = True,
+        backend: str | None = None,
     ):
         self._core: _core.File | None = None
         self._base: Checkpoint | None = None
         self._framework = frameworks.check_framework(framework)
-        forced()  # refuses what is not there
+        forced(backend)  # refuses what is not there
+        self._forced = backend
         self._threads = check_threads(threads)
         self._check = verify
         self._path = os.path.abspath(path)
@@ -217,7 +223,7 @@ class File:
         number = self._number(task)
         result, groups = self._targets(number, tensors, out, device)
         for where in groups:
-            _backend(where)  # before anything is written
+            self._backend(where)  # before anything is written
         for where, targets in groups.items():
             self._decode_to(where, number, targets)
         return result
@@ -365,8 +371,9 @@ class File:
         return f"<tallcodec.File {self._path!r}, {state}>"
 
     def __reduce__(self):
-        arguments = (self._path, self._framework, self._base_source, self._threads, self._check)
-        return _reopen, (*arguments, self._file.identity())
+        arguments = (self._path, self._framework, self._base_source)
+        options = {"threads": self._threads, "verify": self._check, "backend": self._forced}
+        return _reopen, (arguments, options, self._file.identity())
 
     @property
     def _file(self) -> _core.File:
@@ -404,6 +411,10 @@ class File:
         dtype, shape, nbytes = file.info(number, tensor)
         return _DTYPE_NAMES[dtype], shape, nbytes
 
+    def _backend(self, device: Any) -> Backend | None:
+        """What decodes to a torch device; None: the core. (NumPy's arrays have none: None.)"""
+        return None if device is None else choose(device, self._forced)
+
     def _device(self, device: Any) -> Any:
         return frameworks.check_device(self._framework, device)
 
@@ -440,7 +451,7 @@ class File:
         return result, groups
 
     def _decode_to(self, device: Any, number: int, targets: list["_Target"]) -> None:
-        backend = _backend(device)
+        backend = self._backend(device)
         if backend is not None:
             from .device import Decoding
 
@@ -475,14 +486,14 @@ class File:
         base, file = self._base, self._file
         tensors = [file.find_tensor(name) for name in names]
         device = self._device("cpu" if device is None else device)
-        backend = _backend(device)
+        backend = self._backend(device)
         if backend is not None:
             from .device import Planes
 
             return Loaded(self, task, Planes(self, number, tensors, device, backend))
         if device is not None and device.type != "cpu":
-            raise ArgumentError(f"TALLCODEC_BACKEND=cpu has planes on the CPU, not on {device}")
-        forced()
+            raise ArgumentError(f"the back-end cpu has planes on the CPU, not on {device}")
+        forced(self._forced)
         requests = self._with_base(number, [(tensor, 0) for tensor in tensors], base)
         return Loaded(self, task, file.load(number, requests, self._threads, _inflate))
 
@@ -491,7 +502,7 @@ class File:
     ) -> None:
         """Decode tensors: (number, address of its memory), and of a part its first element and how
         many it has."""
-        forced()
+        forced(self._forced)
         base, file = self._base, self._file  # in this order, see close; kept until this is done
         requests = self._with_base(number, requests, base)
         file.decode(requests, self._threads, self._check and not loaded, _inflate, loaded)
@@ -640,11 +651,6 @@ def _size(targets: list[_Target]) -> int:
     return sum(len(target.memory) * DTYPES[target.dtype].itemsize for target in targets)
 
 
-def _backend(device: Any) -> Backend | None:
-    """What decodes to a torch device; None: the core. (NumPy's arrays have none: None.)"""
-    return None if device is None else choose(device)
-
-
 class StateDict(Mapping):
     """A task's checkpoint, decoded tensor by tensor as it is asked for. See File.state_dict."""
 
@@ -674,8 +680,8 @@ def label(path: str | os.PathLike) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _reopen(path, framework, base, threads, check, identity) -> File:
-    file = File(path, framework, base, threads=threads, verify=check)
+def _reopen(arguments, options, identity) -> File:
+    path, file = arguments[0], File(*arguments, **options)
     if file._file.identity() != identity:
         file.close()
         raise FormatError(f"{path}: this is not the file that was pickled; it was replaced since")

@@ -6,11 +6,13 @@ time.
 
 Tensors are torch's, contiguous, all on one device; packed bits are uint8, element i being bit i mod
 8 of byte i div 8. Work is queued on the device's current stream, nothing waits for it. Back-ends
-(see :func:`tallcodec.backends`) give the same bits as each other and as the CPU. Files are decoded
-to a GPU by :meth:`tallcodec.File.decode`; products with many tasks' weights are in
-:mod:`tallcodec.matmul_triton`.
+(see :func:`tallcodec.backends`) give the same bits as each other and as the CPU; which one computes
+is for TALLCODEC_BACKEND alone to say. Files are decoded to a GPU by :meth:`tallcodec.File.decode`;
+products with many tasks' weights are in :mod:`tallcodec.matmul_triton`.
 """
 
+import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -37,12 +39,13 @@ def encode(
     ``tasks``: the fine-tuned tensors, of the base's shape, in float32, float16 or bfloat16.
     ``thresholds``: one per task; of rule "published" λ in |θ₀ − θ_t| > λ·|(θ₀ + s) − θ_t| (arXiv
     2405.07813), of "magnitude" what |τ| must exceed, of "adapted" the factor f in
-    |τ| > |f·s − τ|. ``shared_dtype``: float32, float16, bfloat16 or int8, else the base's.
-    ``merged``: a multi-task vector, float32, in place of the sum of the task vectors.
+    |τ| > |f·s − τ|; finite in float32. ``shared_dtype``: float32, float16, bfloat16 or int8, else
+    the base's. ``merged``: a multi-task vector, float32, in place of the sum of the task vectors.
 
-    Raises TensorMismatchError for tensors that do not go together, ArgumentError for another rule
-    or where nothing here computes on their device.
+    Raises TensorMismatchError for tensors that do not go together, ArgumentError for another rule,
+    thresholds that do not fit it, or where nothing here computes on their device.
     """
+    backend, base = _start("base", base)
     shared_dtype = shared_dtype or base.dtype
     if rule not in _RULES:
         raise ArgumentError(f"rule must be one of {', '.join(_RULES)}, not {rule!r}")
@@ -50,13 +53,13 @@ def encode(
         raise ArgumentError(f"shared_dtype must be a float or int8, not {shared_dtype}")
     if len(thresholds) != len(tasks):
         raise ArgumentError(f"{len(thresholds)} thresholds for {len(tasks)} tasks")
+    thresholds = [_number(f"thresholds[{k}]", value) for k, value in enumerate(thresholds)]
     if rule == "published" and any(threshold < 0 for threshold in thresholds):
         raise ArgumentError(f"λ is 0 or more, not {min(thresholds)}")  # back-ends would differ
-    backend, base = _start("base", base)
     tasks = [_same(f"tasks[{k}]", task, base, *_FLOATS) for k, task in enumerate(tasks)]
     if merged is not None:
         merged = _same("merged", merged, base, torch.float32)
-    return backend.encode(base, tasks, list(map(float, thresholds)), shared_dtype, rule, merged)
+    return backend.encode(base, tasks, thresholds, shared_dtype, rule, merged)
 
 
 def decode(
@@ -69,8 +72,8 @@ def decode(
 
     ``mask``: (⌈n / 8⌉,) uint8. ``shared``: n elements in float32, float16, bfloat16, or int8 with
     ``scales``, (⌈n / 128⌉,) float32; None for a ternary plane, whose s is ±1, −1 where a bit of
-    ``signs``, as large as the mask, is set. ``scale``: g, a number, or float32, one for each index
-    of dimension 0.
+    ``signs``, as large as the mask, is set. ``scale``: g, a number that is finite in float32,
+    or float32, one for each index of dimension 0.
 
     Raises TensorMismatchError for tensors that do not go together, before anything is written, and
     ArgumentError where nothing here computes on their device.
@@ -88,7 +91,7 @@ def decode(
         length = max(1, base.numel() // max(1, rows))
         block = block._replace(row_scales=scale.view(-1), row_length=length)
     else:
-        block = block._replace(scale=float(scale))
+        block = block._replace(scale=_number("scale", scale))
     backend.decode([block])
     return out
 
@@ -111,19 +114,22 @@ def popcount(mask: torch.Tensor, n: int) -> torch.Tensor:
 
 def agreement(masks: Sequence[torch.Tensor], n: int) -> torch.Tensor:
     """On how many of n elements exactly 0, 1, … all masks are set, (masks + 1,) int64."""
-    return _masks(masks, n).agreement(masks, n)
+    backend, masks = _masks(masks, n)
+    return backend.agreement(masks, n)
 
 
 def overlap(masks: Sequence[torch.Tensor], n: int) -> torch.Tensor:
     """On how many of n elements both of two masks are set, (masks, masks) int64."""
-    return _masks(masks, n).overlap(masks, n)
+    backend, masks = _masks(masks, n)
+    return backend.overlap(masks, n)
 
 
 def consensus(masks: Sequence[torch.Tensor], n: int, least: int) -> torch.Tensor:
-    """The mask of the elements on which ``least`` masks or more are set."""
+    """The mask of the elements on which ``least`` masks or more are set, (⌈n / 8⌉,) uint8."""
     if least < 1:
         raise ArgumentError(f"least must be 1 or more, not {least}")
-    return _masks(masks, n).consensus(masks, n, least)
+    backend, masks = _masks(masks, n)
+    return backend.consensus(masks, n, least)
 
 
 def _block(
@@ -148,11 +154,7 @@ def _block(
 
 def _start(name: str, tensor: torch.Tensor) -> tuple[Backend, torch.Tensor]:
     """What computes on a tensor's device, and the tensor as one row."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TensorMismatchError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
-    backend = choose(tensor.device)
-    if backend is None:
-        raise ArgumentError(f"{name} is on {tensor.device}: tallcodec.gpu computes on GPUs")
+    backend = _backend(name, tensor)
     _check(name, tensor, tensor.device, tensor.numel(), *_FLOATS)
     return backend, tensor.view(-1)
 
@@ -164,22 +166,43 @@ def _same(
     return tensor.view(-1)
 
 
-def _masks(masks: Sequence[torch.Tensor], n: int) -> Backend:
+def _masks(masks: Sequence[torch.Tensor], n: int) -> tuple[Backend, list[torch.Tensor]]:
+    """What computes on masks' device, and each as one row."""
     if not masks:
         raise ArgumentError("there are no masks")
-    backend = choose(masks[0].device)
-    if backend is None:
-        raise ArgumentError(f"masks are on {masks[0].device}: tallcodec.gpu computes on GPUs")
+    backend = _backend("masks[0]", masks[0])
     for k, mask in enumerate(masks):
         _check(f"masks[{k}]", mask, masks[0].device, -(-n // 8), torch.uint8)
+    return backend, [mask.view(-1) for mask in masks]
+
+
+def _backend(name: str, tensor: torch.Tensor) -> Backend:
+    _require_tensor(name, tensor)
+    backend = choose(tensor.device)
+    if backend is None:
+        raise ArgumentError(f"{name} is on {tensor.device}: tallcodec.gpu computes on GPUs")
     return backend
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        if math.isfinite(value):
+            struct.pack("<f", value)  # raises beyond it
+            return float(value)
+    except (OverflowError, TypeError, ValueError):
+        pass
+    raise ArgumentError(f"{name} must be a number that is finite in float32, not {value!r}")
+
+
+def _require_tensor(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TensorMismatchError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
 
 
 def _check(
     name: str, tensor: torch.Tensor, device: torch.device, n: int, *dtypes: torch.dtype
 ) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TensorMismatchError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
+    _require_tensor(name, tensor)
     if tensor.device != device:
         raise TensorMismatchError(f"{name} is on {tensor.device}, not on {device}")
     if tensor.dtype not in dtypes:

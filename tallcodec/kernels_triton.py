@@ -12,6 +12,7 @@ import triton.language as tl
 from .backends import LANES, UNIT, Block, Encoded, table_of
 
 BLOCK = 1024  # elements per program of what reads tensors, a multiple of 128
+AGREEMENT_BLOCK = 4096  # of what counts how masks agree
 OVERLAP_BYTES = 2048  # of a mask per program that compares masks
 TERNARY_BLOCK, MASK_BLOCK = 262144, 524288  # elements of coded planes that decode alone
 
@@ -245,6 +246,9 @@ def store_shared(shared, scales, s, i, inside, n, BLOCK: tl.constexpr):
         return to_f32(stored)
 
 
+# What programs count, each stores in a row of its own, which are added up afterwards: thousands of
+# programs would wait for each other at the same few counters.
+#
 # Tasks are a table, a line of three numbers for each: the address, the number of the dtype, the
 # bits of the threshold.
 
@@ -284,21 +288,20 @@ def obeys(RULE: tl.constexpr, b, t, s, threshold):
 
 
 @triton.jit
-def add_agreement(agreement, active_tasks, inside, tasks, BINS: tl.constexpr):
+def store_agreement(agreement, active_tasks, inside, tasks, BINS: tl.constexpr):
     """Counts the elements by how many tasks are active; what is outside is beyond all tasks."""
     if inside is not None:
         active_tasks = tl.where(inside, active_tasks, tasks + 1)
     counts = tl.histogram(tl.reshape(active_tasks, (active_tasks.numel,)), BINS)
     k = tl.arange(0, BINS)
-    tl.atomic_add(agreement + k, counts.to(tl.int64), mask=(k <= tasks) & (counts > 0),
-                  sem="relaxed")  # fmt: skip
+    tl.store(agreement + k, counts, mask=k <= tasks)
 
 
 @triton.jit
 def encode_tile(
-    base, tasks, count, merged, shared, scales, masks, stride, set_bits, published_bits,
-    agreement, nonfinite, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    base, tasks, count, merged, shared, scales, masks, stride, counts, nonfinite, n,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     i = 8 * row[:, None] + tl.arange(0, 8)[None, :]
@@ -320,6 +323,7 @@ def encode_tile(
 
     active_tasks = tl.zeros((BLOCK // 8, 8), tl.int32)
     mask = masks + row
+    counts += tl.program_id(0).to(tl.int64) * (3 * count + 1)
     for k in range(count):
         t = load_task(tasks, k, i, inside, DTYPE, ALIGNED)
         threshold = tl.load(tasks + 3 * k + 2).to(tl.int32).to(tl.float32, bitcast=True)
@@ -330,29 +334,27 @@ def encode_tile(
         tl.store(mask, pack(active), mask=row_inside)
         mask += stride
         active_tasks += published.to(tl.int32)
-        # Three counts, 20 bits each.
-        counts = active.to(tl.int64) | published.to(tl.int64) << 20
-        counts = tl.sum(counts | (is_finite(t) == 0).to(tl.int64) << 40)
-        tl.atomic_add(set_bits + k, counts & 0xFFFFF, sem="relaxed")
-        tl.atomic_add(published_bits + k, counts >> 20 & 0xFFFFF, sem="relaxed")
-        tl.store(nonfinite + k, 1, mask=counts >> 40 > 0)
-    add_agreement(agreement, active_tasks, inside, count, BINS)
+        # Three sums, 20 bits each.
+        sums = active.to(tl.int64) | published.to(tl.int64) << 20
+        sums = tl.sum(sums | (is_finite(t) == 0).to(tl.int64) << 40)
+        tl.store(counts + k, (sums & 0xFFFFF).to(tl.int32))
+        tl.store(counts + count + k, (sums >> 20 & 0xFFFFF).to(tl.int32))
+        tl.store(nonfinite + k, 1, mask=sums >> 40 > 0)
+    store_agreement(counts + 2 * count, active_tasks, inside, count, BINS)
 
 
 @triton.jit(do_not_specialize=["count", "n"])
 def encode_kernel(
-    base, tasks, count, merged, shared, scales, masks, stride, set_bits, published_bits,
-    agreement, nonfinite, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    base, tasks, count, merged, shared, scales, masks, stride, counts, nonfinite, n,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= n:
-        encode_tile(base, tasks, count, merged, shared, scales, masks, stride, set_bits,
-                    published_bits, agreement, nonfinite, n, DTYPE, ALIGNED, RULE, BINS, BLOCK,
-                    True)  # fmt: skip
+        encode_tile(base, tasks, count, merged, shared, scales, masks, stride, counts, nonfinite,
+                    n, DTYPE, ALIGNED, RULE, BINS, BLOCK, True)  # fmt: skip
     else:
-        encode_tile(base, tasks, count, merged, shared, scales, masks, stride, set_bits,
-                    published_bits, agreement, nonfinite, n, DTYPE, ALIGNED, RULE, BINS, BLOCK,
-                    False)  # fmt: skip
+        encode_tile(base, tasks, count, merged, shared, scales, masks, stride, counts, nonfinite,
+                    n, DTYPE, ALIGNED, RULE, BINS, BLOCK, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "phase"])
@@ -403,7 +405,8 @@ def count_masks(masks, count, n, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "n"])
 def agreement_kernel(masks, count, n, agreement, BINS: tl.constexpr, BLOCK: tl.constexpr):
     set_masks, inside, _ = count_masks(masks, count, n, BLOCK)
-    add_agreement(agreement, set_masks, inside, count, BINS)
+    agreement += tl.program_id(0).to(tl.int64) * (count + 1)
+    store_agreement(agreement, set_masks, inside, count, BINS)
 
 
 @triton.jit(do_not_specialize=["count", "n", "least"])
@@ -667,21 +670,21 @@ class TritonBackend:
         size = triton.cdiv(n, 8)
         stride = triton.cdiv(size, 16) * 16  # each mask is aligned
         masks = torch.empty((count, stride), dtype=torch.uint8, device=device)
-        counts = torch.zeros(3 * count + 1, dtype=torch.int64, device=device)
-        set_bits, published_bits, agreement = counts.split([count, count, count + 1])
+        programs = triton.cdiv(n, BLOCK)
+        counts = torch.empty((programs, 3 * count + 1), dtype=torch.int32, device=device)
         nonfinite = torch.zeros(count + 1, dtype=torch.int32, device=device)
         if n:
             dtypes = {task.dtype for task in tasks}
             table = table_of([(task.data_ptr(), DTYPES.index(task.dtype), float_bits(threshold))
                               for task, threshold in zip(tasks, thresholds)], device)  # fmt: skip
             launch(
-                encode_kernel, (triton.cdiv(n, BLOCK),), device,
-                base, table, count, merged, shared, scales, masks, stride, set_bits,
-                published_bits, agreement, nonfinite, n,
+                encode_kernel, (programs,), device,
+                base, table, count, merged, shared, scales, masks, stride, counts, nonfinite, n,
                 DTYPE=TRITON_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None,
                 ALIGNED=all(task.data_ptr() % 16 == 0 for task in tasks),
                 RULE=rule, BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK,
             )  # fmt: skip
+        set_bits, published_bits, agreement = counts.sum(0).split([count, count, count + 1])
         return Encoded(shared, scales, [mask[:size] for mask in masks], set_bits, published_bits,
                        agreement, nonfinite)  # fmt: skip
 
@@ -696,14 +699,14 @@ class TritonBackend:
         return sums
 
     def agreement(self, masks: Sequence[Any], n: int) -> Any:
-        device, count = masks[0].device, len(masks)
-        agreement = torch.zeros(count + 1, dtype=torch.int64, device=device)
+        device, count, programs = masks[0].device, len(masks), triton.cdiv(n, AGREEMENT_BLOCK)
+        agreement = torch.empty((programs, count + 1), dtype=torch.int32, device=device)
         if n:
             launch(
-                agreement_kernel, (triton.cdiv(n, BLOCK),), device, addresses(masks), count, n,
-                agreement, BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK,
+                agreement_kernel, (programs,), device, addresses(masks), count, n, agreement,
+                BINS=triton.next_power_of_2(count + 2), BLOCK=AGREEMENT_BLOCK,
             )  # fmt: skip
-        return agreement
+        return agreement.sum(0)
 
     def overlap(self, masks: Sequence[Any], n: int) -> Any:
         device, count = masks[0].device, len(masks)

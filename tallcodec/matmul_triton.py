@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from . import _core, numbers
-from .backends import choose
 from .errors import ArgumentError, TensorMismatchError
 from .file import File
 from .tensors import torch_dtype
@@ -62,7 +61,7 @@ class TaskWeight:
         Raises ArgumentError for a task that has another weight altogether, stored as it is, and
         what :meth:`tallcodec.File.load` raises.
         """
-        if choose(torch.device(device)) is None:
+        if file._backend(torch.device(device)) is None:
             raise ArgumentError(f"products are for GPUs, not for planes on {device}")
         tasks = file.tasks if tasks is None else tasks
         tensor = file._file.original(file._tensor(name))

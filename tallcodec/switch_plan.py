@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from . import _core, frameworks, hf, numbers
-from .backends import choose
 from .errors import ArgumentError, SwitchError, TensorMismatchError
 from .file import File, Loaded
 from .tensors import dtype_name
@@ -42,7 +41,8 @@ class Plan:
         self._refuse_own_base()
         self._pointers = {name: t.data_ptr() for name, t in self._targets.items()}
         self._memory = _addresses(model)
-        places = {device: _place(device) for device in {t.device for t in self._targets.values()}}
+        devices = {target.device for target in self._targets.values()}
+        places = {device: _place(file, device) for device in devices}
         self._places = {name: places[t.device] for name, t in self._targets.items()}
         self._devices = sorted(set(places.values()))
         self._beside = {
@@ -231,9 +231,9 @@ def _targets(model: Any, names: set[str]) -> dict[str, Any]:
     return _state(model)
 
 
-def _place(device: Any) -> str:
+def _place(file: File, device: Any) -> str:
     """Where what belongs on a device is decoded: there, or on the CPU, to be copied."""
-    there = device.type == "cuda" and choose(device) is not None
+    there = device.type == "cuda" and file._backend(device) is not None
     return str(device) if there else "cpu"
 
 

@@ -58,7 +58,8 @@ class Switcher:
       CUDA devices are decoded there, by work that is queued on the current stream: passes are to be
       on that stream, too, or ordered with it. Those that are not contiguous are decoded beside and
       copied. Whoever else writes to them, another Switcher too, is not noticed.
-    - ``file``: a path, or an open :class:`File`, which stays open. ``base``: as in :func:`open`.
+    - ``file``: a path, or an open :class:`File`, which stays open. ``base``, ``backend``: of a
+      path, as in :func:`open`; a File has its own.
     - ``task``: what the model is put on at once; None is the base.
     - ``strict``: the model and each task have the same tensors. Otherwise what only one of them has
       is left alone; dtypes and shapes have to agree all the same. A head that is another in every
@@ -83,6 +84,7 @@ class Switcher:
         strict: bool = True,
         budget: int | None = None,
         guard: bool = True,
+        backend: str | None = None,
     ):
         model = _unwrapped(model)
         if not isinstance(model, Mapping) and not hasattr(model, "state_dict"):
@@ -93,6 +95,8 @@ class Switcher:
             raise ArgumentError(f"file must be a path or a File, not a {type(file).__name__}")
         if isinstance(file, File) and base is not None:
             raise ArgumentError("base is for a path: open the file with its base")
+        if isinstance(file, File) and backend is not None:
+            raise ArgumentError("backend is for a path: open the file with it")
         self._gate = Gate()
         self._lock, self._load_lock = threading.Lock(), threading.Lock()
         self._hooks: list[Any] = []
@@ -107,7 +111,9 @@ class Switcher:
             self._file = (
                 file
                 if isinstance(file, File)
-                else self._resources.enter_context(open_file(file, "pt", base))
+                else self._resources.enter_context(
+                    open_file(file, "pt", base, backend=backend)
+                )
             )
             self._plan = Plan(self._file, model, strict)
             self._current: str | None = None

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from helpers import (
 from tallcodec import errors, numbers
 
 torch = pytest.importorskip("torch")
+
+from tallcodec import device as device_module  # noqa: E402
+from tallcodec.kernels_cuda import CudaBackend  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Triton's interpreter
 
@@ -88,9 +92,9 @@ def fast(device):
     return device
 
 
-def on_cpu(path, base=None):
+def on_cpu(path, base=None, **options):
     """What the core decodes of every task."""
-    with tallcodec.open(path, "np", base) as file:
+    with tallcodec.open(path, "np", base, **options) as file:
         return {task: file.decode(task) for task in (None, *file.tasks)}
 
 
@@ -365,6 +369,28 @@ def test_coded_planes_that_are_not_sound_are_named(tmp_path, device, method):
     assert refused > trials / 3
 
 
+def test_bits_are_let_go_of_before_they_are_known_to_be_sound(encode, fast, monkeypatch):
+    base = {"w": normal((9, 300), 1)}
+    path = encode(base, {"t": {"w": sparsely_changed(base["w"], 1)}}, coding="entropy")
+    made, unpack = [], device_module._Unpacked.__init__
+
+    def watched(self, *arguments):
+        unpack(self, *arguments)
+        made.extend(map(weakref.ref, (self, self.memory)))
+        self.status.flaws.fill_(1)
+
+    monkeypatch.setattr(device_module._Unpacked, "__init__", watched)
+    where = torch.empty(0, device=fast).device
+    with tallcodec.open(path) as file:
+        decoding = device_module.Decoding(file, 0, where, file._backend(where))
+        for _ in range(2):
+            decoding.decode([(0, torch.zeros(2700, device=where), 0, 2700)])
+        gc.collect()
+        assert len(made) == 4 and not any(each() for each in made)
+        with pytest.raises(errors.FormatError, match="'w'.*is not soundly coded"):
+            decoding.finish()
+
+
 # Planes that stay.
 
 
@@ -460,6 +486,25 @@ def test_backends_are_told():
         assert info.available == bool(info.devices) and (info.available or info.detail)
 
 
+@pytest.mark.parametrize("capabilities, works", [([(7, 5), (9, 0)], ("cuda:1",)), ([(7, 0)], ())])
+def test_devices_that_are_too_old_are_not_told(monkeypatch, capabilities, works):
+    module = sys.modules["tallcodec.backends"]
+    monkeypatch.setattr(module._core.gpu, "devices", lambda name: (len(capabilities), ""))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "_capability", capabilities.__getitem__)
+    monkeypatch.setattr(module, "_backend", module._backend.__wrapped__)
+    found = tallcodec.backends()["cuda"]
+    assert (found.available, found.devices) == (bool(works), works)
+    assert works or found.detail == "its kernels are for compute capability 8.0 and more"
+    for place in ("cuda", *(f"cuda:{k}" for k in range(len(capabilities)))):
+        if place in works:
+            assert module.choose(torch.device(place), "cuda").name == "cuda"
+        else:
+            with pytest.raises(errors.ArgumentError, match="capability 8.0 and more"):
+                module.choose(torch.device(place), "cuda")
+
+
 @pytest.mark.parametrize("hidden, detail", [("torch", "torch is not installed"),
                                             ("triton", "triton is not installed")])  # fmt: skip
 def test_backends_without(hidden, detail):
@@ -486,6 +531,48 @@ def test_a_backend_that_is_not_known_is_refused(small_file, monkeypatch):
             with pytest.raises(errors.ArgumentError, match="=vulkan: there are cpu, cuda and tri"):
                 call()
     assert not os.path.exists("x.tall")
+
+
+@pytest.mark.parametrize("said", ["argument", "environment"])
+def test_a_backend_is_an_argument_before_the_environment(small_file, monkeypatch, said):
+    monkeypatch.setenv("TALLCODEC_BACKEND", "cuda-host" if said == "environment" else "vulkan")
+    forced = {"backend": "cuda-host"} if said == "argument" else {}
+    cpu, used = torch.device("cpu"), []
+    decode = CudaBackend.decode
+    monkeypatch.setattr(CudaBackend, "decode", lambda *a: (used.append(1), decode(*a)))
+    expected = on_cpu(small_file, backend="cpu")["cars"]
+    with tallcodec.open(small_file, backend="cpu") as file:
+        loaded = file.load("cars")
+        assert file._backend(cpu) is None and not used
+    with tallcodec.open(small_file, **forced) as file, pickle.loads(pickle.dumps(file)) as again:
+        for each in (file, again):
+            assert each._backend(cpu).name == "cuda-host"
+            assert_same(numpy_state(each.decode("cars")), expected)
+            assert used
+            used.clear()
+        assert type(file.load("cars")._planes) is not type(loaded._planes)
+
+
+def test_a_backend_that_is_an_argument_is_checked_at_once(small_file):
+    for name in ("vulkan", "", 3, ["cpu"]):
+        with pytest.raises(errors.ArgumentError, match="^backend=.*: there are cpu, cuda and tri"):
+            tallcodec.open(small_file, backend=name)
+
+
+def test_a_switcher_has_the_backend_of_its_file(small_file, monkeypatch):
+    monkeypatch.setenv("TALLCODEC_BACKEND", "vulkan")
+    base, _ = small_family()
+    model = torch_state(base)
+    for name in ("cpu", "cuda-host"):
+        with tallcodec.open(small_file, backend=name) as file:
+            for given in ((file, {}), (small_file, {"backend": name})):
+                with tallcodec.Switcher(model, given[0], task="cars", **given[1]) as switcher:
+                    assert switcher._file._forced == name
+                assert_same(numpy_state(model), numpy_state(file.decode("cars")))
+            with pytest.raises(errors.ArgumentError, match="backend is for a path"):
+                tallcodec.Switcher(model, file, backend=name)
+    with pytest.raises(errors.ArgumentError, match="^backend=vulkan"):
+        tallcodec.Switcher(model, small_file, backend="vulkan")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

@@ -114,12 +114,36 @@ def test_bad_arguments_are_refused_before_anything_is_written(family):
     assert torch.equal(out, base)
     with pytest.raises(ArgumentError, match="2 thresholds for 3 tasks"):
         gpu.encode(base, tasks, [0.4] * 2)
+    with pytest.raises(TensorMismatchError, match="base is a list, not a torch tensor"):
+        gpu.encode([1.0], tasks, [0.4] * 3)
     with pytest.raises(ArgumentError, match="rule must be"):
         gpu.encode(base, tasks, [0.4] * 3, rule="sign")
     with pytest.raises(TensorMismatchError, match=r"tasks\[1\] has 24"):
         gpu.encode(base, [tasks[0], tasks[1][:, 0].contiguous(), tasks[2]], [0.4] * 3)
     with pytest.raises(TensorMismatchError, match="on meta"):
         gpu.encode(base, [task.to("meta") for task in tasks], [0.4] * 3)
+
+
+@pytest.mark.parametrize("number", [3.5e38, -1e39, 1e400, float("nan"), 10**400, "1", None])
+def test_numbers_beyond_float32_are_refused(family, number):
+    base, tasks = family
+    made = gpu.encode(base, tasks, [3.4e38, 0.4, 1e-46])
+    with pytest.raises(ArgumentError, match=r"thresholds\[1\] must be a number that is finite"):
+        gpu.encode(base, tasks, [0.4, number, 0.4], rule="magnitude")
+    with pytest.raises(ArgumentError, match="scale must be a number that is finite"):
+        gpu.decode(base, made.shared, made.masks[0], scale=number)
+
+
+def test_masks_of_any_shape_and_what_is_none(family):
+    base, tasks = family
+    n, masks = base.numel(), gpu.encode(base, tasks, [0.4] * 3).masks
+    expected = gpu.consensus(masks, n, 2)
+    found = gpu.consensus([mask.view(24, 5) for mask in masks], n, 2)
+    assert found.shape == (n // 8,) and torch.equal(found, expected)
+    for call in (gpu.agreement, gpu.overlap, lambda masks, n: gpu.consensus(masks, n, 1)):
+        for flawed, name in ([3.5, *masks], r"masks\[0\]"), ([*masks, None], r"masks\[3\]"):
+            with pytest.raises(TensorMismatchError, match=f"{name} is a .*not a torch tensor"):
+                call(flawed, n)
 
 
 def test_without_a_backend_for_the_device(family, monkeypatch):

@@ -241,24 +241,25 @@ def test_linear():
 
 
 def test_weights_that_do_not_fit():
-    base = torch.zeros(4, 6, dtype=torch.bfloat16)
-    mask, shared = torch.zeros(3, dtype=torch.uint8), torch.zeros(24)
+    base = torch.zeros(4, 6, dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
+    shared, ones = torch.zeros(24, device=DEVICE), torch.ones(3, device=DEVICE)
     planes = mt.TaskPlanes(mask)
     mt.TaskWeight(base, [planes], shared.view(4, 6))
     for arguments in [
         (base.view(-1), []), (base.T, []), (base.long(), []), (base[:0], []),
         (base, [planes], shared[:-1]), (base, [planes], shared.double()),
-        (base, [planes], shared.to(torch.int8), torch.ones(2)),
+        (base, [planes], shared.to(torch.int8), ones[:2]),
         (base, [mt.TaskPlanes(mask[:-1])], shared), (base, [mt.TaskPlanes(mask.int())], shared),
         (base, [mt.TaskPlanes(mask, mask[:2])]),
-        (base, [mt.TaskPlanes(mask, row_scales=torch.ones(3))], shared),
+        (base, [mt.TaskPlanes(mask, row_scales=ones)], shared),
         (base, [planes], shared.to("meta")),
     ]:
         with pytest.raises(TensorMismatchError, match="expected|no shared vector"):
             mt.TaskWeight(*arguments)
     for arguments in [(base, [planes]), (base, [mt.TaskPlanes(None, mask)]),
                       (base, [planes], shared.to(torch.int8)),
-                      (base, [planes], shared, torch.ones(1))]:
+                      (base, [planes], shared, ones[:1])]:
         with pytest.raises(ArgumentError):
             mt.TaskWeight(*arguments)
 
