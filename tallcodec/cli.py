@@ -191,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "Check every byte of a file.")
     sub.add_argument("path", help="a .tall file")
     sub.add_argument("--base", help=f"also check that this is the referenced base: {checkpoint}")
+    sub.add_argument("--task", action="append", default=[], metavar="NAME=CHECKPOINT",
+                     help="also prove that the task decodes to what the file says of it, given "
+                     "the checkpoint it was encoded from; may be repeated")  # fmt: skip
     sub.add_argument("--repair-from", metavar="OTHER",
                      help="another copy of the file, or a checkpoint it was encoded from: first "
                      "restore, in place, what is damaged and is sound there")  # fmt: skip
@@ -290,8 +293,9 @@ def _stats(a: argparse.Namespace) -> tuple[dict, str]:
 
 def _verify(a: argparse.Namespace) -> tuple[dict, str]:
     result = tall.verify(
-        a.path, a.base, repair_from=a.repair_from, threads=a.threads, progress=a.progress
-    )
+        a.path, a.base, tasks=_pairs("--task", a.task), repair_from=a.repair_from,
+        threads=a.threads, progress=a.progress,
+    )  # fmt: skip
     return result.to_dict(), str(result)
 
 

@@ -8,6 +8,7 @@ import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import zstandard
@@ -30,6 +31,7 @@ from .errors import (
 from .info import FileInfo, Verification, read_info
 from .machine import check_threads
 from .progress import Progress, check_progress
+from .proof import prove
 from .tensors import DTYPES, is_changed, pread, refuse_changed
 
 # What is mapped counts as the process's memory: of a file that is larger, the pages that were read
@@ -74,6 +76,7 @@ def verify(
     path: str | os.PathLike,
     base: str | os.PathLike | Mapping[str, Any] | None = None,
     *,
+    tasks: Mapping[str, Any] | None = None,
     repair_from: str | os.PathLike | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -81,20 +84,32 @@ def verify(
     """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
     and, where ``base`` is given, that it is the base the file references.
 
+    ``tasks``: checkpoints (as :func:`encode` takes them) of tasks by name, all or some. Each is
+    proved to be what the task was encoded from: the same tensors; those that are stored as they
+    are, bit for bit; and all others decode with the gain and error that ``inspect`` shows, but for
+    rounding.
+
     ``repair_from``: another copy of the file, damaged elsewhere or not at all, or a checkpoint it
     was encoded from. First, whatever is sound there of the damaged blocks of 64 KiB, by the file's
     checksums, is written over these in place, of another copy also the header or the index. Nothing
     else is written.
 
     Raises FormatError, ChecksumError naming every damaged plane with its tensor and task,
-    BaseMismatchError naming the tensor, or WriteError.
+    BaseMismatchError or TaskMismatchError naming the tensor, TaskNotFoundError, WriteError, and
+    what opening a checkpoint raises.
     """
     if repair_from is not None:
         from .repair import repair
 
         repair(path, repair_from, threads)
     with File(path, "np", base, threads=threads) as file:
-        return file._verify(check_progress(progress))
+        for task in tasks or ():
+            file._number(task)
+        found = file._verify(check_progress(progress))
+        for task, checkpoint in (tasks or {}).items():
+            with open_checkpoint(checkpoint) as opened:
+                prove(file, task, opened)
+        return replace(found, proved=len(tasks or ()))
 
 
 class File:

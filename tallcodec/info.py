@@ -152,12 +152,16 @@ class Verification:
     """Bytes behind the file's end, as an interrupted append leaves them; they mean nothing."""
     base_checked: bool
     """Whether a referenced base was given and is the right one; True where it is embedded."""
+    proved: int = 0
+    """How many tasks were proved against their checkpoints."""
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     def __str__(self) -> str:
         base = "" if self.base_checked else "; its base is only referenced and was not checked"
+        if self.proved:
+            base += f"; {self.proved} tasks decode to what it says of their checkpoints"
         if self.ignored:
             base += f"; {self.ignored} bytes behind its end are ignored"
         return (

@@ -56,15 +56,16 @@ def _difference(entry: dict, base: Any, decoded: Any, task: Any, label: str) -> 
     by the triangle inequality, may the lengths of the error and of what is decoded be apart.
     """
     tau_sq = dot = error_sq = size_sq = approx_sq = 0.0
-    for at in range(0, base.size, _CHUNK):
-        here = slice(at, at + _CHUNK)
-        b, x, t = (a[here].astype(np.float32) for a in (base, decoded, task))
-        tau, approx = (t - b).astype(np.float64), x.astype(np.float64) - b
-        tau_sq += tau @ tau
-        dot += tau @ approx
-        approx_sq += approx @ approx
-        error_sq += (approx - tau) @ (approx - tau)
-        size_sq += x.astype(np.float64) @ x
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at in range(0, base.size, _CHUNK):
+            here = slice(at, at + _CHUNK)
+            b, x, t = (a[here].astype(np.float32) for a in (base, decoded, task))
+            tau, approx = (t - b).astype(np.float64), x.astype(np.float64) - b
+            tau_sq += tau @ tau
+            dot += tau @ approx
+            approx_sq += approx @ approx
+            error_sq += (approx - tau) @ (approx - tau)
+            size_sq += x.astype(np.float64) @ x
     if not math.isclose(tau_sq, entry["tau_sq"], rel_tol=_SLACK):
         return (
             f"it was not encoded from {label}: the file's task vector is "
