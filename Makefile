@@ -86,7 +86,7 @@ test-threads: .venv/packages
 	build/threads/test_threads
 
 test-python: .venv/built-cuda
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # On a machine with a GPU: build, test and measure, in eight minutes. Writes docs/gpu.md. What fails does not stop the rest.
 GPU_TESTS := tests/test_backends.py tests/test_gpu.py tests/test_device.py tests/test_matmul.py

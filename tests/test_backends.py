@@ -622,11 +622,3 @@ def test_unsound_masks(backend, guarded, seed):
         short = plane[:size].copy()
         short[:8] = np.array([size - 8], np.uint64).view(np.uint8)
         check_mask(backend, guarded, short, n, shared, None, mask_or_none(short, s))
-
-
-def test_negative_thresholds_are_refused():
-    """The kernels of a CPU compare magnitudes, which a negative λ has none of."""
-    gpu = pytest.importorskip("tallcodec.gpu", exc_type=ImportError)
-    base = torch.zeros(4)
-    with pytest.raises(ArgumentError, match="λ is 0 or more"):
-        gpu.encode(base, [base], [-0.5])

@@ -116,6 +116,8 @@ def test_bad_arguments_are_refused_before_anything_is_written(family):
         gpu.encode(base, tasks, [0.4] * 2)
     with pytest.raises(TensorMismatchError, match="base is a list, not a torch tensor"):
         gpu.encode([1.0], tasks, [0.4] * 3)
+    with pytest.raises(ArgumentError, match="λ is 0 or more"):  # magnitudes are compared with it
+        gpu.encode(base, tasks, [-0.5] * 3)
     with pytest.raises(ArgumentError, match="rule must be"):
         gpu.encode(base, tasks, [0.4] * 3, rule="sign")
     with pytest.raises(TensorMismatchError, match=r"tasks\[1\] has 24"):
