@@ -7,7 +7,7 @@ import pytest
 
 from tallcodec import _core
 from tallcodec.backends import Block
-from tallcodec.errors import ArgumentError, FormatError
+from tallcodec.errors import FormatError
 from tallcodec.reference import conditional, ternary
 
 backends = importlib.import_module("tallcodec.backends")  # tallcodec.backends is a function
