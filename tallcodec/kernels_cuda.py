@@ -1,6 +1,7 @@
 """The kernels in CUDA C++ (csrc/kernels_cuda.cu), on torch tensors."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class CudaBackend:
 
     def decode(self, blocks: Sequence[Block]) -> None:
         if blocks:
-            self._queue(blocks[0].out).decode([_block(b) for b in blocks])
+            with self._queue(blocks[0].out) as queue:
+                queue.decode([_block(b) for b in blocks])
 
     def encode(
         self, base: Any, tasks: Sequence[Any], thresholds: Sequence[float], shared_dtype: Any,
@@ -54,61 +56,72 @@ class CudaBackend:
         table = None  # the first tasks are arguments
         if count > _core.gpu.HELD:
             table = table_of(_core.gpu.task_table(listed), base.device)
-        self._queue(base).encode(
-            n, base.data_ptr(), _DTYPES[base.dtype], _DTYPES[shared_dtype], _RULES[rule], aligned,
-            listed, _address(table), _address(merged), shared.data_ptr(), _address(scales),
-            set_bits.data_ptr(), published_bits.data_ptr(), agreement.data_ptr(),
-            nonfinite.data_ptr(),
-        )  # fmt: skip
+        with self._queue(base) as queue:
+            queue.encode(
+                n, base.data_ptr(), _DTYPES[base.dtype], _DTYPES[shared_dtype], _RULES[rule],
+                aligned, listed, _address(table), _address(merged), shared.data_ptr(),
+                _address(scales), set_bits.data_ptr(), published_bits.data_ptr(),
+                agreement.data_ptr(), nonfinite.data_ptr(),
+            )  # fmt: skip
         return Encoded(shared, scales, masks, set_bits, published_bits, agreement, nonfinite)
 
     def sums(self, block: Block, task: Any) -> Any:
         units = -(-block.n // UNIT)
         to = torch.empty(units, 3, LANES, dtype=torch.float64, device=task.device)
         dtype = _DTYPES[task.dtype]
-        self._queue(task).sums(_block(block), task.data_ptr(), dtype, to.data_ptr())
+        with self._queue(task) as queue:
+            queue.sums(_block(block), task.data_ptr(), dtype, to.data_ptr())
         return to
 
     def agreement(self, masks: Sequence[Any], n: int) -> Any:
         counts = torch.zeros(len(masks) + 1, dtype=torch.int64, device=masks[0].device)
         table = _addresses(masks)
-        self._queue(counts).agreement(n, len(masks), table.data_ptr(), counts.data_ptr())
+        with self._queue(counts) as queue:
+            queue.agreement(n, len(masks), table.data_ptr(), counts.data_ptr())
         return counts
 
     def overlap(self, masks: Sequence[Any], n: int) -> Any:
         pairs = torch.zeros(len(masks), len(masks), dtype=torch.int64, device=masks[0].device)
         table = _addresses(masks)
-        self._queue(pairs).overlap(n, len(masks), table.data_ptr(), pairs.data_ptr())
+        with self._queue(pairs) as queue:
+            queue.overlap(n, len(masks), table.data_ptr(), pairs.data_ptr())
         return pairs + pairs.triu(1).T
 
     def consensus(self, masks: Sequence[Any], n: int, least: int) -> Any:
         out = torch.empty_like(masks[0])
         table = _addresses(masks)
-        self._queue(out).consensus(n, len(masks), table.data_ptr(), least, out.data_ptr())
+        with self._queue(out) as queue:
+            queue.consensus(n, len(masks), table.data_ptr(), least, out.data_ptr())
         return out
 
     def unpack_ternary(
         self, plane: Any, head: int, slots: Any, n: int, mask: Any, signs: Any, status: Any
     ) -> None:
-        self._queue(mask).unpack_ternary(
-            plane.data_ptr(), plane.numel(), n, status.data_ptr(), head, slots.data_ptr(),
-            mask.data_ptr(), signs.data_ptr(),
-        )  # fmt: skip
+        with self._queue(mask) as queue:
+            queue.unpack_ternary(
+                plane.data_ptr(), plane.numel(), n, status.data_ptr(), head, slots.data_ptr(),
+                mask.data_ptr(), signs.data_ptr(),
+            )  # fmt: skip
 
     def unpack_mask(
         self, plane: Any, n: int, shared: Any, scales: Any, mask: Any, status: Any
     ) -> None:
-        self._queue(mask).unpack_mask(
-            plane.data_ptr(), plane.numel(), n, status.data_ptr(), shared.data_ptr(),
-            _DTYPES[shared.dtype], _address(scales), mask.data_ptr(),
-        )  # fmt: skip
+        with self._queue(mask) as queue:
+            queue.unpack_mask(
+                plane.data_ptr(), plane.numel(), n, status.data_ptr(), shared.data_ptr(),
+                _DTYPES[shared.dtype], _address(scales), mask.data_ptr(),
+            )  # fmt: skip
 
-    def _queue(self, tensor: Any) -> _core.gpu.Queue:
-        """Where work on a tensor is queued: the current stream of its device."""
+    @contextlib.contextmanager
+    def _queue(self, tensor: Any) -> Iterator[Any]:
+        """Where work on a tensor is queued: the current stream of its device, which is PyTorch's
+        current one meanwhile, so that nothing has to change it."""
         if tensor.device.type != "cuda":
-            return _core.gpu.Queue(self.name, 0, 0)
-        stream = torch.cuda.current_stream(tensor.device)
-        return _core.gpu.Queue(self.name, tensor.device.index, stream.cuda_stream)
+            yield _core.gpu.Queue(self.name, 0, 0)
+            return
+        with torch.cuda.device(tensor.device):
+            stream = torch.cuda.current_stream()
+            yield _core.gpu.Queue(self.name, tensor.device.index, stream.cuda_stream)
 
 
 def _addresses(masks: Sequence[Any]) -> Any:
