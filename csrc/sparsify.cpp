@@ -194,7 +194,7 @@ class Selection {
       found_.largest = std::max(found_.largest, bits);
       kept |= uint64_t{bits > cut_.bits} << j;
       same |= uint64_t{bits == cut_.bits} << j;
-      negative |= uint64_t{chunk.tau[at + j] < 0} << j;
+      if (chunk.tau[at + j] < 0) negative |= uint64_t{1} << j;  // gcc 12 loses bits of a shifted bool under UBSan
     }
     found_.above += static_cast<uint64_t>(__builtin_popcountll(kept));
     for (; cut_.ties && same; same &= same - 1, ++found_.equal) {
