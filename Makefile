@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
 CPP_TESTS := -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_TESTS=ON -DTALLCODEC_CUDA=OFF
-CPP_TEST_NAMES := kernels ternary conditional file resume gpu threads
+CPP_TEST_NAMES := resume file kernels threads ternary conditional gpu
 FUZZ_TARGETS := reader planes kernels journal
 FUZZ_SECONDS ?= 600
 
@@ -45,7 +45,7 @@ lint: .venv/packages
 test-cpp: .venv/packages
 	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
-	set -e; for test in $(CPP_TEST_NAMES); do build/tests/test_$$test; done
+	printf '%s\n' $(CPP_TEST_NAMES) | xargs -P 2 -I{} build/tests/test_{}
 	$(call replay,tests)
 	$(BIN)/python tests/portability.py code build/tests
 	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
@@ -53,20 +53,26 @@ test-cpp: .venv/packages
 	$(CMAKE) --build build/example
 	$(BIN)/python tests/cpp/check_example.py build/example/decode
 
-test-sanitize: .venv/packages
-	$(CMAKE) -S . -B build/sanitize $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON
-	$(CMAKE) --build build/sanitize
-	set -e; for test in $(CPP_TEST_NAMES); do build/sanitize/test_$$test; done
-	$(call replay,sanitize)
+# Under AddressSanitizer and UndefinedBehaviorSanitizer: by clang in one build with the fuzz targets, where it can, else by gcc.
+SANITIZED := $(CPP_TESTS) -DTALLCODEC_SANITIZE=ON -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG"
+
+build/fuzz/build.ninja: can-fuzz .venv/packages
+	CXX=clang++ $(CMAKE) -S . -B build/fuzz $(SANITIZED) -DTALLCODEC_FUZZ=ON
+
+build/sanitize/build.ninja: .venv/packages
+	$(CMAKE) -S . -B build/sanitize $(SANITIZED)
+
+test-sanitize:
+	set -e; if $(MAKE) -s can-fuzz; then folder=build/fuzz; else folder=build/sanitize; fi; \
+		$(MAKE) $$folder/build.ninja; $(CMAKE) --build $$folder; \
+		printf '%s\n' $(CPP_TEST_NAMES) | xargs -P 2 -I{} $$folder/test_{}
 
 # The fuzz targets on the inputs that fuzzing begins with, on what it has found, and on the golden files.
 replay = set -e; build/$(1)/fuzz_seeds tests/golden build/corpus; for target in $(FUZZ_TARGETS); do \
 	build/$(1)/fuzz_$$target build/corpus/$$target $$(ls -d tests/fuzz/found/$$target 2>/dev/null); done
 
 # Each fuzz target for FUZZ_SECONDS, one after the other; inputs that break one are left in build/found.
-fuzz: can-fuzz .venv/packages
-	CXX=clang++ $(CMAKE) -S . -B build/fuzz -GNinja -DTALLCODEC_PYTHON=OFF -DTALLCODEC_CUDA=OFF -DTALLCODEC_FUZZ=ON \
-		-DTALLCODEC_SANITIZE=ON
+fuzz: build/fuzz/build.ninja
 	$(CMAKE) --build build/fuzz
 	build/fuzz/fuzz_seeds tests/golden build/corpus
 	set -e; for target in $(FUZZ_TARGETS); do mkdir -p build/found build/grown/$$target; \

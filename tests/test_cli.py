@@ -159,7 +159,7 @@ def test_options_bear_the_names_of_pythons_arguments():
               **inspect.signature(tallcodec.open).parameters}  # fmt: skip
     assert options_of("decode").keys() - python.keys() == {"help", "json", "output"}
     python = inspect.signature(tallcodec.verify).parameters
-    assert options_of("verify").keys() - python.keys() == {"help", "json"}
+    assert options_of("verify").keys() - python.keys() == {"help", "json", "task"}
 
 
 @pytest.mark.parametrize("command", ["encode", "inspect", "decode", "verify"])

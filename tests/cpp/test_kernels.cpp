@@ -363,8 +363,17 @@ DecodeBlock block_of(const Stored& s, Placement& place) {
   return d;
 }
 
-// What is decoded. Of a base's signalling NaN where no bit is set a compiler may make a quiet one (clang takes b for
-// b + (m ? x : -0)), so all are made quiet here; no encoder gives such a tensor a mask.
+// Of a base's signalling NaN where no bit is set a compiler may make a quiet one (clang takes b for b + (m ? x : -0)),
+// so all are made quiet here; no encoder gives such a tensor a mask.
+void make_quiet(std::vector<char>& decoded, const Stored& s) {
+  for (size_t i = 0; s.other_dtype == DType::F32 && i < s.n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &decoded[i * 4], sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) bits |= 0x400000;
+    std::memcpy(&decoded[i * 4], &bits, sizeof bits);
+  }
+}
+
 std::vector<char> decode(const Kernels& kernels, const Stored& s, Placement place) {
   DecodeBlock d = block_of(s, place);
   char* const out = place.buffer(s.n * size_of(s.other_dtype));
@@ -372,12 +381,7 @@ std::vector<char> decode(const Kernels& kernels, const Stored& s, Placement plac
   kernels.decode(d);
   check(place.intact(), "%s decode wrote outside a buffer, n=%zu", kernels.name, s.n);
   std::vector<char> decoded(out, out + s.n * size_of(s.other_dtype));
-  for (size_t i = 0; s.other_dtype == DType::F32 && i < s.n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &decoded[i * 4], sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) bits |= 0x400000;
-    std::memcpy(&decoded[i * 4], &bits, sizeof bits);
-  }
+  make_quiet(decoded, s);
   return decoded;
 }
 
@@ -447,6 +451,7 @@ std::vector<char> decode_hashed(const Kernels& kernels, const Stored& s, size_t 
   kernels.decode_hashed(d, of_base.data(), of_shared.data());
   check(of_base[base_blocks] == 7 && of_shared[shared_blocks] == 7, "%s gives more hashes than blocks", kernels.name);
   out.erase(out.begin(), out.begin() + ptrdiff_t(gap));
+  make_quiet(out, s);
   for (const auto& hashes : {of_base, of_shared}) {
     const char* const bytes = reinterpret_cast<const char*>(hashes.data());
     out.insert(out.end(), bytes, bytes + hashes.size() * sizeof(uint64_t));
