@@ -45,7 +45,7 @@ lint: .venv/packages
 test-cpp: .venv/packages
 	$(CMAKE) -S . -B build/tests $(CPP_TESTS)
 	$(CMAKE) --build build/tests
-	printf '%s\n' $(CPP_TEST_NAMES) | xargs -P 2 -I{} build/tests/test_{}
+	printf '%s\n' $(CPP_TEST_NAMES) | xargs -P 2 -I{} sh -c build/tests/test_{}
 	$(call replay,tests)
 	$(BIN)/python tests/portability.py code build/tests
 	$(CMAKE) --install build/tests --component cpp --prefix build/cpp
@@ -65,7 +65,7 @@ build/sanitize/build.ninja: .venv/packages
 test-sanitize:
 	set -e; if $(MAKE) -s can-fuzz; then folder=build/fuzz; else folder=build/sanitize; fi; \
 		$(MAKE) $$folder/build.ninja; $(CMAKE) --build $$folder; \
-		printf '%s\n' $(CPP_TEST_NAMES) | xargs -P 2 -I{} $$folder/test_{}
+		printf '%s\n' $(CPP_TEST_NAMES) | xargs -P 2 -I{} sh -c $$folder/test_{}
 
 # The fuzz targets on the inputs that fuzzing begins with, on what it has found, and on the golden files.
 replay = set -e; build/$(1)/fuzz_seeds tests/golden build/corpus; for target in $(FUZZ_TARGETS); do \
