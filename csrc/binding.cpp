@@ -259,7 +259,7 @@ DevicePlan device_plan(const BufferFile& f, const py::list& wanted, const std::s
                        unsigned threads, bool verify, py::object inflate) {
   const std::vector<Request> requests = requests_of(wanted);
   const Options o = options(threads, verify, std::move(inflate));
-  WithoutGil release;
+  WithoutGil released;
   Decoder decoder(*f, f.fetch(), o);
   std::vector<Job> jobs;
   for (const Request& request : requests) {
@@ -408,7 +408,7 @@ PYBIND11_MODULE(_core, m) {
       .def("check_stored",
            [](const Encoder& e, unsigned threads, py::object progress) {
              Options o = options(threads, true, py::none(), std::move(progress));
-             WithoutGil release;
+             WithoutGil released;
              e.check_stored(o);
            })
       .def("withdraw", &Encoder::withdraw)
@@ -467,7 +467,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("compact", [](int from, int to, std::string label, std::string writer, unsigned threads,
                       py::object progress) {
     Options o = options(threads, true, py::none(), std::move(progress));
-    WithoutGil release;
+    WithoutGil released;
     return compact(from, to, std::move(label), std::move(writer), o);
   });
 

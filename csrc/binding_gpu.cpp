@@ -44,7 +44,7 @@ class Queue {
   void operator()(Operation GpuKernels::* operation, const Arguments&... arguments) const {
     int error;
     {
-      WithoutGil nogil;
+      WithoutGil released;
       error = (kernels_->*operation)(stream_, arguments...);
     }
     if (error) {

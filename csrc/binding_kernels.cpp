@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "format.h"
+#include "gil.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -141,7 +142,7 @@ py::dict encode(const py::array& base, const std::vector<py::array>& tasks,
 
   std::vector<UnitResult> results(units_of(n));
   {
-    py::gil_scoped_release nogil;
+    WithoutGil released;
     for_each_unit(n, threads, [&](uint64_t unit, uint64_t first, uint64_t size) {
       UnitResult& r = results[unit];
       r.stats.resize(count);
@@ -252,7 +253,7 @@ py::array decode(const py::array& base, const py::object& shared, const py::obje
   const uint64_t bytes = stored.n * size_of(out_type);
   py::array result = out.is_none() ? bytes_array(bytes) : out.cast<py::array>();
   uint8_t* const to = writable(result, bytes);
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   for_each_unit(stored.n, threads, [&](uint64_t, uint64_t first, uint64_t size) {
     DecodeBlock d = stored.block(first, size);
     d.scale = gain;
@@ -281,7 +282,7 @@ uint64_t hash(const py::buffer& data, const py::object& kernels_name, unsigned r
   const Kernels& kernels = kernels_of(kernels_name);
   const py::buffer_info info = data.request();
   const size_t size = size_t(info.size * info.itemsize);
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   uint64_t result = kernels.hash(info.ptr, size);
   while (repeat-- > 1) result = kernels.hash(info.ptr, size);
   return result;
@@ -323,7 +324,7 @@ std::vector<uint64_t> agreement(const std::vector<py::array>& arrays, uint64_t n
                                 const py::object& kernels_name, unsigned threads) {
   const Kernels& kernels = kernels_of(kernels_name);
   const Masks masks(arrays, n);
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   return masks.total(arrays.size() + 1, threads, kernels.agreement);
 }
 
@@ -334,7 +335,7 @@ py::array consensus(const std::vector<py::array>& arrays, uint64_t n, uint32_t l
   const Masks masks(arrays, n);
   py::array result = bytes_array((n + 7) / 8);
   uint8_t* const out = writable(result, (n + 7) / 8);
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   masks.for_each_block(1, [&](const MaskBlock& b, uint64_t unit) {
     kernels.consensus(b, least, out + unit * (kUnit / 8));
   });
@@ -346,7 +347,7 @@ std::vector<uint64_t> overlap(const std::vector<py::array>& arrays, uint64_t n,
                               const py::object& kernels_name) {
   const Kernels& kernels = kernels_of(kernels_name);
   const Masks masks(arrays, n);
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   return masks.total(arrays.size() * arrays.size(), 1, kernels.overlap);
 }
 
@@ -361,7 +362,7 @@ uint64_t zeros(const py::array& shared, const std::string& dtype, const py::obje
     scales = reinterpret_cast<const float*>(memory(scale_array.cast<py::array>(), blocks * 4));
   }
   const uint8_t* const from = memory(shared, n * size_of(type));
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   return kernels.zeros(from, type, scales, n);
 }
 
@@ -374,7 +375,7 @@ uint64_t read_all(const std::vector<py::array>& arrays, unsigned threads) {
   for (const py::array& array : arrays) {
     parts.emplace_back(memory(array, uint64_t(array.nbytes())), array.nbytes());
   }
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   for (const auto& [from, size] : parts) {
     for_each_unit(size * 8, threads, [&, from = from](uint64_t, uint64_t first, uint64_t bits) {
       Part sum[4] = {};
@@ -416,7 +417,7 @@ void copy(const py::array& to, const py::array& from, unsigned threads) {
   const uint64_t bytes = uint64_t(from.nbytes());
   uint8_t* const target = writable(to, bytes);
   const uint8_t* const source = memory(from, bytes);
-  py::gil_scoped_release nogil;
+  WithoutGil released;
   for_each_unit(bytes / 4, threads, [&](uint64_t, uint64_t first, uint64_t size) {
     stream(target + first * 4, source + first * 4, size * 4);
   });

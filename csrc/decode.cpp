@@ -479,38 +479,33 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
   for (uint64_t at = wanted / step * step; at < wanted_end; at += step) {
     const uint64_t stop = std::min(at + step, end);
     const uint8_t* base = view(job.base, at * base_size, (stop - at) * base_size, buffers.base);
-    if (options_.verify && stop - at == step && at >= wanted && stop <= wanted_end && !row_scales) {
+    const auto block_of = [&](uint64_t i, uint64_t n) {
       DecodeBlock block = job.block;
-      block.n = step;
-      block.base = base;
-      block.mask = mask + (at - first) / 8;
-      block.shared = ternary ? signs + (at - first) / 8 : job.shared.source.memory + at * shared_size;
-      if (int8_scales) block.shared_scales = int8_scales + (at - first) / kScaleBlock;
-      block.out = static_cast<uint8_t*>(job.request->out) + (at - job.first) * size_of(block.out_dtype);
+      block.n = n;
+      block.phase = i % kScaleBlock;
+      const uint64_t bits = (i - block.phase - first) / 8;
+      block.base = base + (i - at) * base_size;
+      block.mask = mask + bits;
+      block.shared = ternary ? signs + bits : job.shared.source.memory + i * shared_size;
+      if (int8_scales) block.shared_scales = int8_scales + (i - block.phase - first) / kScaleBlock;
+      block.out = static_cast<uint8_t*>(job.request->out) + (i - job.first) * size_of(block.out_dtype);
+      return block;
+    };
+    if (options_.verify && stop - at == step && at >= wanted && stop <= wanted_end && !row_scales) {
       uint64_t base_hashes[4], shared_hashes[4];
-      kernels_.decode_hashed(block, base_hashes, shared_hashes);
+      kernels_.decode_hashed(block_of(at, step), base_hashes, shared_hashes);
       compare(job.base, at * base_size, step * base_size, base_hashes);
       if (!ternary) compare(job.shared, at * shared_size, step * shared_size, shared_hashes);
       continue;
     }
     check(job.base, base, at * base_size, (stop - at) * base_size);
-    const uint8_t* shared = nullptr;
-    if (!ternary) shared = shared_part(job, at, stop);
+    if (!ternary) shared_part(job, at, stop);
 
     const uint64_t last = std::min(stop, wanted_end);
     for (uint64_t i = std::max(at, wanted); i < last;) {
       const uint64_t row = i / job.row_length, row_end = std::min((row + 1) * job.row_length, last);
-      DecodeBlock block = job.block;
-      block.n = row_end - i;
-      block.phase = i % kScaleBlock;
-      const uint64_t bits = (i - block.phase - first) / 8;
-      block.base = base + (i - at) * base_size;
-      block.mask = mask + bits;
-      block.shared = ternary ? signs + bits : shared + (i - at) * shared_size;
-      if (int8_scales) block.shared_scales = int8_scales + (i - block.phase - first) / kScaleBlock;
+      DecodeBlock block = block_of(i, row_end - i);
       if (row_scales) block.scale = row_scales[row - first_row];
-      block.out = static_cast<uint8_t*>(job.request->out) +
-                  (i - job.first) * size_of(block.out_dtype);
       kernels_.decode(block);
       i = row_end;
     }

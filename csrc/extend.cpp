@@ -184,6 +184,15 @@ void drop_unnamed_planes(Draft& d) {
   }
 }
 
+// Whether bytes [at, at + size) of a plane, which begin a checksum block, are right.
+bool is_right(const Draft& d, const DraftPlane& plane, uint64_t at, const uint8_t* bytes, uint64_t size) {
+  for (uint64_t b = 0; b < size; b += kSumBlock) {
+    const uint64_t sum = plane.sums[(at + b) / kSumBlock];
+    if (hash_block(*d.kernels, bytes + b, std::min(kSumBlock, size - b)) != sum) return false;
+  }
+  return true;
+}
+
 void sync(const Draft& d) {
   if (::fsync(d.fd) != 0) {
     throw Error(Status::Write, text(d.label, ": cannot be written to disk: ", std::strerror(errno)), errno);
@@ -257,17 +266,14 @@ void check_stored(const Draft& d, const Options& options) {
     const DraftPlane& p = d.planes[plane];
     const uint64_t size = std::min(p.record.raw_size - at, kCopyChunk);
     std::vector<uint8_t> buffer;
-    const uint8_t* const bytes = source.view(at, size, buffer);
-    for (uint64_t b = 0; b < size; b += kSumBlock) {
-      if (hash_block(*d.kernels, bytes + b, std::min(kSumBlock, size - b)) == p.sums[(at + b) / kSumBlock]) continue;
-      const bool given = p.record.kind == PlaneKind::Base && (source.memory || source.fd != d.fd);
-      if (given) {
-        throw Error(Status::BaseMismatch, text(d.label, ": the base that was given is not the one the file was ",
-                                               "encoded against: it differs in tensor '", t->name, "'"));
-      }
-      throw Error(Status::Checksum, text(d.label, ": damaged: wrong checksum in the base or the shared vector of tensor '",
-                                         t->name, "'"));
+    if (is_right(d, p, at, source.view(at, size, buffer), size)) return;
+    const bool given = p.record.kind == PlaneKind::Base && (source.memory || source.fd != d.fd);
+    if (given) {
+      throw Error(Status::BaseMismatch, text(d.label, ": the base that was given is not the one the file was ",
+                                             "encoded against: it differs in tensor '", t->name, "'"));
     }
+    throw Error(Status::Checksum, text(d.label, ": damaged: wrong checksum in the base or the shared vector of tensor '",
+                                       t->name, "'"));
   });
 }
 
@@ -383,8 +389,7 @@ uint64_t compact(int from, int to, std::string label, std::string writer, const 
     const uint64_t size = std::min(align64(p.record.size) - at, kCopyChunk);
     std::vector<uint8_t> buffer;
     const uint8_t* const bytes = Source{nullptr, from, offset}.view(at, size, buffer);
-    for (uint64_t b = 0; b < size; b += kSumBlock) {
-      if (hash_block(*d.kernels, bytes + b, std::min(kSumBlock, size - b)) == p.sums[(at + b) / kSumBlock]) continue;
+    if (!is_right(d, p, at, bytes, size)) {
       throw Error(Status::Checksum, text(d.label, ": damaged: wrong checksum in plane ", id,
                                          ", which verify tells the name of"));
     }

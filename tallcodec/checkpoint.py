@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, CheckpointError, TallcodecError
+from .errors import ArgumentError, BaseMismatchError, CheckpointError, TallcodecError
 from .tensors import DTYPES, Inputs, Tensor, from_memory, pread, read_error, require_file
 from .torch_archive import open_torch, state_dict, unwrap
 
@@ -80,6 +80,18 @@ class Checkpoint:
                 "without resume"
             )
         return self._inputs.identity()
+
+    def base_tensor(self, file: str, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor, for a file that has the base's so. Raises BaseMismatchError where it is of
+        another dtype or shape here, or missing."""
+        found = self.tensors.get(name)
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            has = "lacks it" if found is None else f"has {found.dtype} {found.shape}"
+            raise BaseMismatchError(
+                f"{file}: the base that was given is not the one the file was encoded against: "
+                f"tensor {name!r} is {dtype} {shape}, {self.label} {has}"
+            )
+        return found
 
     def check_unchanged(self) -> None:
         """Raise ReadError where a file was written to since it was opened: what was read of it may

@@ -576,19 +576,21 @@ def classify(base: Tensor | None, task: Tensor) -> tuple[int, str]:
     return numbers.MASK, ""
 
 
+def are_tied(checkpoints: Iterable[Checkpoint], a: str, b: str) -> bool:
+    """Whether each checkpoint has the same, or nothing, under two names."""
+    for checkpoint in checkpoints:
+        x, y = checkpoint.tensors.get(a), checkpoint.tensors.get(b)
+        if x is None or y is None:
+            if x is not y:
+                return False
+        elif (x.dtype, x.shape) != (y.dtype, y.shape) or not same_bytes(x, y):
+            return False
+    return True
+
+
 def _aliases(base: Checkpoint, tasks: list[Checkpoint]) -> dict[str, str]:
     """Tied tensors: those equal to an earlier one in the base and in every task, and which."""
-
-    def tied(a: str, b: str) -> bool:
-        for checkpoint in (base, *tasks):
-            x, y = checkpoint.tensors.get(a), checkpoint.tensors.get(b)
-            if x is None or y is None:
-                if x is not y:
-                    return False
-            elif (x.dtype, x.shape) != (y.dtype, y.shape) or not same_bytes(x, y):
-                return False
-        return True
-
+    checkpoints = [base, *tasks]
     aliases: dict[str, str] = {}
     candidates: dict[tuple, list[str]] = {}  # by what equal tensors surely share
     for name, tensor in base.tensors.items():
@@ -596,7 +598,7 @@ def _aliases(base: Checkpoint, tasks: list[Checkpoint]) -> dict[str, str]:
             continue
         beginning = _core.read_source(source_of(tensor), min(tensor.nbytes, 4096))
         earlier = candidates.setdefault((tensor.dtype, tensor.shape, beginning), [])
-        original = next((other for other in earlier if tied(other, name)), None)
+        original = next((other for other in earlier if are_tied(checkpoints, other, name)), None)
         if original is None:
             earlier.append(name)
         else:

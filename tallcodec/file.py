@@ -19,7 +19,6 @@ from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .checkpoint_write import Part, batches, write_checkpoint
 from .errors import (
     ArgumentError,
-    BaseMismatchError,
     ChecksumError,
     ClosedError,
     FormatError,
@@ -565,14 +564,7 @@ class File:
             return None
         tensor = self._file.original(tensor)
         dtype, shape, _ = self._info(_core.NONE, tensor)
-        name = self._file.name(tensor)
-        found = base.tensors.get(name)
-        if found is None or (found.dtype, found.shape) != (dtype, shape):
-            has = "lacks it" if found is None else f"has {found.dtype} {found.shape}"
-            raise BaseMismatchError(
-                f"{self._label}: the base that was given is not the one the file was encoded "
-                f"against: tensor {name!r} is {dtype} {shape}, {base.label} {has}"
-            )
+        found = base.base_tensor(self._label, self._file.name(tensor), dtype, shape)
         return found.fd, found.offset
 
     def _verify(self, progress: Progress | None) -> Verification:

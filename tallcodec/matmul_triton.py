@@ -19,6 +19,7 @@ import triton.language as tl
 from . import _core, numbers
 from .errors import ArgumentError, TensorMismatchError
 from .file import File
+from .kernels_triton import bf16_to_f32, f32_to_bf16
 from .tensors import torch_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -317,33 +318,20 @@ def _launch(x, weight, task_of_row, bias, out, rows) -> None:
             parts, bias, out, columns, splits, BLOCK=512)
 
 
-# The formulas of mask_math.h. The interpreter's own conversions from and to bfloat16 are inexact.
-
-@triton.jit
-def bf16_to_f32(x):
-    return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def f32_to_bf16(x):
-    if not INTERPRETED:
-        return x.to(tl.bfloat16)
-    bits = x.to(tl.uint32, bitcast=True)
-    rounded = tl.where(x != x, bits >> 16 | 0x40, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-    return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
+# The interpreter's own conversions from and to bfloat16 are inexact; compiled code rounds.
 
 @triton.jit
 def to_f32(x):
     if x.dtype == tl.bfloat16:
-        return bf16_to_f32(x)
+        return bf16_to_f32(x.to(tl.uint16, bitcast=True))
     return x.to(tl.float32)
 
 
 @triton.jit
 def f32_to(x, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        return f32_to_bf16(x)
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            return f32_to_bf16(x).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 

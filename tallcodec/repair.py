@@ -1,6 +1,5 @@
 """Damaged blocks of a `.tall` file, restored from another copy or a checkpoint it was made of."""
 
-import fcntl
 import mmap
 import os
 import struct
@@ -9,9 +8,9 @@ from typing import BinaryIO
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ArgumentError, FormatError, WriteError
+from .errors import ArgumentError, FormatError
 from .file import File, label
-from .output import write_errors
+from .output import changed_file
 from .tensors import pread
 
 _BLOCK = 65536  # bytes per checksum
@@ -30,14 +29,7 @@ def repair(path: str | os.PathLike, other: str | os.PathLike, threads: int | Non
     before the header names it. Raises ArgumentError where ``other`` is another file, WriteError.
     """
     real = os.path.realpath(path)
-    with write_errors(path), open(real, "r+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"{label(path)}: another process is writing it"
-            raise WriteError(error.errno, message) from error
-        except OSError:
-            pass  # there are file systems without locks
+    with changed_file(path) as file:
         if _is_tall(other):
             with File(other, "np") as copy:
                 _repair_head(file, label(path), copy)

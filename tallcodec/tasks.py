@@ -15,6 +15,7 @@ from .encoding import (
     DENSITY,
     add_side_data,
     append_verbatim,
+    are_tied,
     bits_of,
     check_names,
     check_names_and_shapes,
@@ -22,11 +23,10 @@ from .encoding import (
     choose,
     classify,
     encode,
-    same_bytes,
     source_of,
     thresholds_of,
 )
-from .errors import ArgumentError, BaseMismatchError, CheckpointError, TaskNotFoundError
+from .errors import ArgumentError, CheckpointError, TaskNotFoundError
 from .file import _inflate, label
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
@@ -374,14 +374,7 @@ class _Addition:
         """Whether each of the new tasks has the same under a tensor's name as under the one that it
         is tied to."""
         target = self._records[record["alias"]]["name"]
-        for task in self._tasks.values():
-            x, y = task.tensors.get(target), task.tensors.get(record["name"])
-            if x is None or y is None:
-                if x is not y:
-                    return False
-            elif (x.dtype, x.shape) != (y.dtype, y.shape) or not same_bytes(x, y):
-                return False
-        return True
+        return are_tied(self._tasks.values(), target, record["name"])
 
     def _has_shared(self, tensor: int) -> bool:
         return bool(self._original(self._by_name[self._names[tensor]])["shared_dtype"])
@@ -413,15 +406,8 @@ class _Addition:
             if not record["in_base"]:
                 continue
             name = self._original(record)["name"]
-            found = given.tensors.get(name)
-            expected = name_of(record["dtype"], numbers.DTYPES), tuple(record["shape"])
-            if found is None or (found.dtype, found.shape) != expected:
-                has = "lacks it" if found is None else f"has {found.dtype} {found.shape}"
-                raise BaseMismatchError(
-                    f"{self._change.name}: the base that was given is not the one the file was "
-                    f"encoded against: tensor {name!r} is {expected[0]} {expected[1]}, "
-                    f"{given.label} {has}"
-                )
+            dtype, shape = name_of(record["dtype"], numbers.DTYPES), tuple(record["shape"])
+            found = given.base_tensor(self._change.name, name, dtype, shape)
             tensors[record["name"]] = found
         return Checkpoint(given.label, given.kind, tensors, _inputs=given._inputs)
 

@@ -478,6 +478,15 @@ def test_unpack_ternary(backend, guarded, n, density):
     check_ternary(backend, guarded, plane, *slots_of(plane, n), n, signs)
 
 
+def with_another_end(plane, blocks):
+    """A coded plane, each block in turn ending before its beginning, elsewhere, or behind it."""
+    for k in range(blocks):
+        for byte, value in [(0, 0), (3, 1), (7, 0xFF)]:
+            damaged = plane.copy()
+            damaged[8 * k + byte] = value
+            yield damaged
+
+
 def test_unpack_ternary_of_several_blocks(backend, guarded, short_blocks):
     block = ternary.BLOCK
     n = 4 * block + 77
@@ -491,12 +500,9 @@ def test_unpack_ternary_of_several_blocks(backend, guarded, short_blocks):
     head, slots = slots_of(plane, n)
     check_ternary(backend, guarded, plane, head, slots, n, signs)
     check_ternary(backend, guarded, plane[:-1], head, slots, n, None)
-    for k in range(5):  # ends before its beginning, or behind the plane
-        for byte, value in [(0, 0), (3, 1), (7, 0xFF)]:
-            damaged = plane.copy()
-            damaged[8 * k + byte] = value
-            found = ternary_or_none(damaged, n)
-            check_ternary(backend, guarded, damaged, head, slots, n, found)
+    for damaged in with_another_end(plane, 5):
+        found = ternary_or_none(damaged, n)
+        check_ternary(backend, guarded, damaged, head, slots, n, found)
 
 
 def ternary_or_none(plane, n):
@@ -581,12 +587,9 @@ def test_unpack_mask_of_several_blocks(backend, guarded, short_blocks):
     check_mask(backend, guarded, plane, n, shared, None, mask)
     check_mask(backend, guarded, plane[:-1], n, shared, None, None)
     check_mask(backend, guarded, plane[:31], n, shared, None, None)
-    for k in range(4):
-        for byte, value in [(0, 0), (3, 1), (7, 0xFF)]:
-            damaged = plane.copy()
-            damaged[8 * k + byte] = value
-            found = mask_or_none(damaged, s)
-            check_mask(backend, guarded, damaged, n, shared, None, found)
+    for damaged in with_another_end(plane, 4):
+        found = mask_or_none(damaged, s)
+        check_mask(backend, guarded, damaged, n, shared, None, found)
 
 
 def test_unpack_the_last_of_long_blocks(backend, guarded):
