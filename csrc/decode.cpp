@@ -466,8 +466,8 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
   const uint32_t shared_size = ternary ? base_size : size_of(job.block.shared_dtype);
   // Whole checksum blocks of base and shared, small enough to stay in cache from check to kernel.
   const uint64_t step = kSumBlock / std::min(base_size, shared_size);
-  const auto [mask, signs] = ternary ? unit_ternary(job, first, end, buffers)
-                                     : Ternary{consensus(job, first, end, buffers), nullptr};
+  const Ternary packed = ternary ? unit_ternary(job, first, end, buffers)
+                                 : Ternary{consensus(job, first, end, buffers), nullptr};
   const float* int8_scales = shared_scales(job, first, end);
   const float* row_scales = nullptr;
   const uint64_t first_row = first / job.row_length;
@@ -485,8 +485,8 @@ void Decoder::decode_unit(const Job& job, uint64_t unit, Buffers& buffers) const
       block.phase = i % kScaleBlock;
       const uint64_t bits = (i - block.phase - first) / 8;
       block.base = base + (i - at) * base_size;
-      block.mask = mask + bits;
-      block.shared = ternary ? signs + bits : job.shared.source.memory + i * shared_size;
+      block.mask = packed.mask + bits;
+      block.shared = ternary ? packed.signs + bits : job.shared.source.memory + i * shared_size;
       if (int8_scales) block.shared_scales = int8_scales + (i - block.phase - first) / kScaleBlock;
       block.out = static_cast<uint8_t*>(job.request->out) + (i - job.first) * size_of(block.out_dtype);
       return block;
