@@ -4,6 +4,7 @@ of mapped files counted. What they leave in the page cache."""
 import ctypes
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 
@@ -41,7 +42,8 @@ def folder(tmp_path_factory):
     write_safetensors(folder / "flat.safetensors", {"w": task["w"].reshape(-1)})
     for coding in ("raw", "entropy"):
         tallcodec.encode(base, {"t": task}, folder / f"{coding}.tall", coding=coding)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def peak_of(folder, code, *torch):
