@@ -22,6 +22,8 @@
 namespace tallcodec {
 namespace {
 
+constexpr uint64_t kStep = 16, kPair = 2 * kStep;  // elements of a Floats, and of two
+
 struct Floats { __m256 lo, hi; };
 struct Mask { __m256 lo, hi; };  // all bits of an element alike
 struct Doubles { __m256d part[4]; };
@@ -113,18 +115,24 @@ INLINE __m256i bf16_of(__m256 v) {
   return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(nan)), 16);
 }
 
+INLINE __m256i bf16_of(Floats v) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_of(v.lo), bf16_of(v.hi)), 0xd8);
+}
+
+INLINE __m256i f16_of(Floats v) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return _mm256_set_m128i(_mm256_cvtps_ph(v.hi, nearest), _mm256_cvtps_ph(v.lo, nearest));
+}
+
 template <DType T>
 INLINE void store(void* p, Floats v) {
   if constexpr (T == DType::F32) {
     _mm256_storeu_ps(static_cast<float*>(p), v.lo);
     _mm256_storeu_ps(static_cast<float*>(p) + 8, v.hi);
   } else if constexpr (T == DType::F16) {
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v.lo, nearest));
-    _mm_storeu_si128(static_cast<__m128i*>(p) + 1, _mm256_cvtps_ph(v.hi, nearest));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), f16_of(v));
   } else if constexpr (T == DType::BF16) {
-    const __m256i packed = _mm256_packus_epi32(bf16_of(v.lo), bf16_of(v.hi));
-    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), bf16_of(v));
   } else {
     const __m256i lo = _mm256_cvtps_epi32(v.lo), hi = _mm256_cvtps_epi32(v.hi);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
@@ -133,6 +141,25 @@ INLINE void store(void* p, Floats v) {
     _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
   }
 }
+
+using Register = __m256i;
+
+template <DType T>
+struct Packed { Register part[kPair * size_of(T) / sizeof(Register)]; };
+
+template <DType T>
+INLINE Packed<T> pack(Floats a, Floats b) {
+  if constexpr (T == DType::F32) {
+    return {{_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi), _mm256_castps_si256(b.lo),
+             _mm256_castps_si256(b.hi)}};
+  } else if constexpr (T == DType::F16) {
+    return {{f16_of(a), f16_of(b)}};
+  } else {
+    return {{bf16_of(a), bf16_of(b)}};
+  }
+}
+
+INLINE void stream(void* p, Register r) { _mm256_stream_si256(static_cast<__m256i*>(p), r); }
 
 INLINE Doubles load_wide(const double* p) {
   return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8),

@@ -26,6 +26,8 @@
 namespace tallcodec {
 namespace {
 
+constexpr uint64_t kStep = 16, kPair = 2 * kStep;  // elements of a Floats, and of two
+
 using Floats = __m512;
 using Mask = __mmask16;
 struct Doubles { __m512d lo, hi; };
@@ -69,14 +71,18 @@ INLINE Floats load(const void* p) {
   }
 }
 
-INLINE __m256i bf16_of(Floats v) {
-  const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i quiet_nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+// bfloat16s, in the upper half of each element.
+INLINE __m512i bf16_of(Floats v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet_nan);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  const __m512i below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(below, odd, bits, _mm512_set1_epi32(0x8000));
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+INLINE __m256i f16_of(Floats v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 template <DType T>
@@ -84,15 +90,36 @@ INLINE void store(void* p, Floats v) {
   if constexpr (T == DType::F32) {
     _mm512_storeu_ps(p, v);
   } else if constexpr (T == DType::F16) {
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, nearest));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), f16_of(v));
   } else if constexpr (T == DType::BF16) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), bf16_of(v));
+    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_of(v), 16));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
   } else {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
     _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
   }
 }
+
+using Register = __m512i;
+
+template <DType T>
+struct Packed { Register part[kPair * size_of(T) / sizeof(Register)]; };
+
+template <DType T>
+INLINE Packed<T> pack(Floats a, Floats b) {
+  if constexpr (T == DType::F32) {
+    return {{_mm512_castps_si512(a), _mm512_castps_si512(b)}};
+  } else if constexpr (T == DType::F16) {
+    return {{_mm512_inserti64x4(_mm512_castsi256_si512(f16_of(a)), f16_of(b), 1)}};
+  } else {
+    alignas(64) static constexpr uint16_t upper[] = {
+        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return {{_mm512_permutex2var_epi16(bf16_of(a), _mm512_load_si512(upper), bf16_of(b))}};
+  }
+}
+
+INLINE void stream(void* p, Register r) { _mm512_stream_si512(static_cast<__m512i*>(p), r); }
 
 INLINE Doubles load_wide(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
 INLINE void store_wide(double* p, Doubles w) {
