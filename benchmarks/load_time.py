@@ -6,6 +6,9 @@ Decodes one MiniLM task out of a .tall file of eight, file opened included, agai
 reading the original. safetensors' load_file maps the file and has read nothing when it returns,
 so each of its tensors is cloned, or copied where tallcodec decodes into the caller's tensors.
 
+What the checksums cost: 25 M parameters decoded into tensors that are there already, with them and
+without, on one thread, by the shared vector's type.
+
 Then one tensor alone, the largest and the smallest, files open: out of the same file, and of one of
 1.2 GB with 64 tasks (4 checkpoints of 100 M parameters under several names). And opening a file of
 100,000 planes (48 tasks of 2,000 tensors of 64 elements), without and with decoding one of them,
@@ -29,7 +32,7 @@ from minilm import FAMILY, Family
 from shapes import llama
 from synthetic import make_family
 
-SAFETENSORS = "safetensors"
+SAFETENSORS, UNCHECKED = "safetensors", "tallcodec, verify=False"
 
 
 def contenders(original, tall, task, threads):
@@ -52,7 +55,7 @@ def contenders(original, tall, task, threads):
         ("tallcodec", "new tensors"): decode,
         (SAFETENSORS, "caller's tensors"): copy,
         ("tallcodec", "caller's tensors"): lambda: decode(ready),
-        ("tallcodec, verify=False", "caller's tensors"): lambda: decode(ready, verify=False),
+        (UNCHECKED, "caller's tensors"): lambda: decode(ready, verify=False),
     }
 
 
@@ -101,12 +104,36 @@ def make_many_planes(folder):
     return folder / "many.safetensors", folder / "many.tall", "task00"
 
 
-def measure(file, what, threads, runs, repeat):
-    """Rows of contenders, each in proportion to safetensors' with the same purpose."""
+def checks(tall, stack):
+    """{(reader, into): function}: a task, with and without checksums, the file open."""
+    files = {name: stack.enter_context(tallcodec.open(tall, "pt", threads=1, verify=verify))
+             for name, verify in ((UNCHECKED, False), ("tallcodec", True))}  # fmt: skip
+    ready = files[UNCHECKED].decode("task01")
+    return {(name, "caller's tensors"): partial(file.decode, "task01", out=ready)
+            for name, file in files.items()}  # fmt: skip
+
+
+def measure_checks(folder, repeat):
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        family = make_family(folder / dtype, {"w": (5000, 5000)}, dtype, 2)
+        tall = folder / f"{dtype}.tall"
+        for method, options in (
+            ("TALL", {}), ("TALL, int8", {"shared_dtype": "int8"}),
+            ("ternary, raw", {"method": "ternary", "density": 0.3, "coding": "raw"}),
+        ):  # fmt: skip
+            tallcodec.encode(family.base, family.tasks(2), tall, overwrite=True, **options)
+            with ExitStack() as stack:
+                rows += measure(f"25 M, {dtype}", method, 1, checks(tall, stack), repeat, UNCHECKED)
+    return rows
+
+
+def measure(file, what, threads, runs, repeat, reference=SAFETENSORS):
+    """Rows of contenders, each in proportion to the reference's with the same purpose."""
     medians = median_of(runs, repeat=repeat, warmup=2)
     return [{
         "file": file, "what": what, "reader": reader, "into": into, "threads": threads,
-        "milliseconds": 1000 * elapsed, "ratio": elapsed / medians[SAFETENSORS, into],
+        "milliseconds": 1000 * elapsed, "ratio": elapsed / medians[reference, into],
     } for (reader, into), elapsed in medians.items()]  # fmt: skip
 
 
@@ -143,6 +170,7 @@ def main():
             runs = contenders(original, tall, task, threads)
             rows += measure(file, "a task", threads, runs, args.repeat)
         rows += measure_tensors(file, original, tall, task, args.repeat)
+        rows += measure_checks(folder, args.repeat)
 
         llamas = make_family(folder / "llama", llama(1024, 8, 9830), "bfloat16", 4)
         names = llamas.tasks(64)
