@@ -154,13 +154,14 @@ def forced(name: str | None = None) -> str | None:
 
 
 def choose(device: Any, name: str | None = None) -> Backend | None:
-    """What decodes to a torch device: a back-end, or None: the C++ core (and where the device is
-    not the CPU, "cpu" is forced: its results are copied there). ``name``: as in :func:`forced`.
+    """What decodes to a torch device, or None, to arrays that are NumPy's: a back-end, or None: the
+    C++ core (and where the device is not the CPU, "cpu" is forced: its results are copied there).
+    ``name``: as in :func:`forced`.
 
     Raises ArgumentError where there is none.
     """
     name = forced(name)
-    if name == "cpu":
+    if name == "cpu" or device is None:
         return None
     if device.type == "cpu":
         return _backend(name) if name and "cpu" in _devices(name) else None

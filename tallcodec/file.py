@@ -236,10 +236,9 @@ class File:
         """
         number = self._number(task)
         result, groups = self._targets(number, tensors, out, device)
-        for where in groups:
-            self._backend(where)  # before anything is written
+        backends = {where: self._backend(where) for where in groups}  # before anything is written
         for where, targets in groups.items():
-            self._decode_to(where, number, targets)
+            self._decode_to(where, backends[where], number, targets)
         return result
 
     def decode_rows(
@@ -277,8 +276,10 @@ class File:
             out = memory = frameworks.empty(self._framework, dtype, part, device)
         else:
             memory = frameworks.memory(tensor, out, dtype, part, device)
-        rows = _Target(index, frameworks.flat(memory), dtype, start * math.prod(shape[1:]))
-        self._decode_to(frameworks.device_of(memory), number, [rows])
+        row = math.prod(shape[1:])
+        rows = _Target(index, frameworks.flat(memory), dtype, part[0] * row, start * row)
+        where = frameworks.device_of(memory)
+        self._decode_to(where, self._backend(where), number, [rows])
         return out
 
     def load(self, task: str | None, device: Any = None) -> "Loaded":
@@ -319,6 +320,7 @@ class File:
         Raises what :meth:`decode` raises, OutputExistsError, WriteError and ArgumentError.
         """
         number = self._number(task)
+        forced(self._forced)
         refuse_input_as_output(path, (self._path, self._base_source))
         ids = {name: self._file.find_tensor(name) for name in self._names(number)}
         specs = {name: self._info(number, tensor)[:2] for name, tensor in ids.items()}
@@ -426,8 +428,8 @@ class File:
         return _DTYPE_NAMES[dtype], shape, nbytes
 
     def _backend(self, device: Any) -> Backend | None:
-        """What decodes to a torch device; None: the core. (NumPy's arrays have none: None.)"""
-        return None if device is None else choose(device, self._forced)
+        """What decodes to a torch device, or None, where NumPy's arrays are; None: the core."""
+        return choose(device, self._forced)
 
     def _device(self, device: Any) -> Any:
         return frameworks.check_device(self._framework, device)
@@ -460,18 +462,19 @@ class File:
                 memory = frameworks.memory(name, out[name], dtype, shape, device)
             else:
                 result[name] = memory = frameworks.empty(self._framework, dtype, shape, device)
-            target = _Target(tensor, frameworks.flat(memory), dtype)
+            target = _Target(tensor, frameworks.flat(memory), dtype, math.prod(shape))
             groups.setdefault(frameworks.device_of(memory), []).append(target)
         return result, groups
 
-    def _decode_to(self, device: Any, number: int, targets: list["_Target"]) -> None:
-        backend = self._backend(device)
+    def _decode_to(
+        self, device: Any, backend: Backend | None, number: int, targets: list["_Target"]
+    ) -> None:
         if backend is not None:
             from .device import Decoding
 
             decoding = Decoding(self, number, device, backend)
             for parts in _parts(targets):
-                decoding.decode([(t.tensor, t.memory, t.first, len(t.memory)) for t in parts])
+                decoding.decode([(t.tensor, t.memory, t.first, t.count) for t in parts])
                 self._let_go(_size(parts))
             decoding.finish()
         elif device is None or device.type == "cpu":
@@ -488,9 +491,7 @@ class File:
     ) -> None:
         whole = loaded is not None or self._stat.st_size <= _MAPPED
         for parts in [targets] if whole else _parts(targets):
-            requests = [
-                (t.tensor, frameworks.pointer(t.memory), t.first, len(t.memory)) for t in parts
-            ]
+            requests = [(t.tensor, frameworks.pointer(t.memory), t.first, t.count) for t in parts]
             self._decode(number, requests, loaded)
             self._let_go(_size(parts))
 
@@ -516,7 +517,6 @@ class File:
     ) -> None:
         """Decode tensors: (number, address of its memory), and of a part its first element and how
         many it has."""
-        forced(self._forced)
         base, file = self._base, self._file  # in this order, see close; kept until this is done
         requests = self._with_base(number, requests, base)
         file.decode(requests, self._threads, self._check and not loaded, _inflate, loaded)
@@ -633,29 +633,31 @@ class Loaded:
 
 
 class _Target(NamedTuple):
-    """What is decoded into: flat memory for elements of a tensor, from number ``first`` on."""
+    """What is decoded into: flat memory for ``count`` elements of a tensor, from number ``first``
+    on."""
 
     tensor: int
     memory: Any  # torch's or NumPy's
     dtype: str
+    count: int
     first: int = 0
 
 
 def _parts(targets: list[_Target]) -> Iterator[list[_Target]]:
     """The same, in lists of at most 64 MiB, cut where they are larger."""
-    specs = {k: (target.dtype, target.memory.shape) for k, target in enumerate(targets)}
+    specs = {k: (target.dtype, (target.count,)) for k, target in enumerate(targets)}
     for batch in batches(specs, specs):
         parts = []
         for k, begin, nbytes in batch:
             size = DTYPES[targets[k].dtype].itemsize
             a, b = begin // size, (begin + nbytes) // size
-            target = targets[k]
-            parts.append(target._replace(memory=target.memory[a:b], first=target.first + a))
+            t = targets[k]
+            parts.append(t._replace(memory=t.memory[a:b], count=b - a, first=t.first + a))
         yield parts
 
 
 def _size(targets: list[_Target]) -> int:
-    return sum(len(target.memory) * DTYPES[target.dtype].itemsize for target in targets)
+    return sum(target.count * DTYPES[target.dtype].itemsize for target in targets)
 
 
 class StateDict(Mapping):

@@ -1,6 +1,7 @@
 """Tensors, not yet read: in the files of checkpoints, which are read with pread, and in memory."""
 
 import ctypes
+import functools
 import io
 import math
 import os
@@ -47,6 +48,7 @@ def dtype_name(dtype: Any) -> str | None:
     return _SAFETENSORS_NAMES.get(getattr(dtype, "name", str(dtype).removeprefix("torch.")))
 
 
+@functools.cache
 def torch_dtype(name: str):
     """The torch dtype of a safetensors dtype name (imports torch)."""
     import torch

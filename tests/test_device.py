@@ -267,7 +267,7 @@ def test_the_cpu_decodes_and_copies_where_it_is_forced(small_file, monkeypatch):
         number = file._number("cars")
         result, groups = file._targets(number, None, None, None)
         for targets in groups.values():
-            file._decode_to(cuda, number, targets)
+            file._decode_to(cuda, file._backend(cuda), number, targets)
         assert_same(numpy_state(result), on_cpu(small_file)["cars"])
 
 
