@@ -5,6 +5,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import random
 import signal
 import statistics
 import subprocess
@@ -31,16 +32,19 @@ def median_of(contenders: dict, repeat: int = 7, warmup: int = 1,
               before: Callable | None = None) -> dict:
     """Median seconds of each callable: {"name": function} -> {"name": seconds}.
 
-    The contenders take turns, so that a busy machine slows all of them alike and their ratios hold.
+    The contenders take turns, so that a busy machine slows all of them alike and their ratios hold,
+    in a new order each time, since one finds in the cache what the one before it has left there.
     ``before`` is called with the name before each of them; it takes no part in its time.
     """
     times = {name: [] for name in contenders}
+    order, names = random.Random(0), list(contenders)
     for turn in range(warmup + repeat):
-        for name, function in contenders.items():
+        order.shuffle(names)
+        for name in names:
             if before:
                 before(name)
             start = time.perf_counter()
-            function()
+            contenders[name]()
             elapsed = time.perf_counter() - start
             if turn >= warmup:
                 times[name].append(elapsed)
