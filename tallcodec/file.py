@@ -154,7 +154,7 @@ class File:
             self._base = open_checkpoint(base)
             # Not before the last decoding that uses it has ended: see close.
             weakref.finalize(self._base, self._base._inputs.close)
-        self._tasks = [task["name"] for task in self._core.tasks()]
+        self._tasks = {task["name"]: number for number, task in enumerate(self._core.tasks())}
 
     def _open(self) -> mmap.mmap | bytes:
         """The mapped file, parsed. It may grow before its header is read, and be longer by it than
@@ -383,7 +383,7 @@ class File:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._core is None else f"tasks {self._tasks}"
+        state = "closed" if self._core is None else f"tasks {self.tasks}"
         return f"<tallcodec.File {self._path!r}, {state}>"
 
     def __reduce__(self):
@@ -404,10 +404,11 @@ class File:
     def _number(self, task: str | None) -> int:
         if task is None:
             return _core.NONE
-        if task not in self._tasks:
+        try:
+            return self._tasks[task]
+        except (KeyError, TypeError):
             known = ", ".join(map(repr, self._tasks))
-            raise TaskNotFoundError(f"{self._label} has no task {task!r}; it has {known}")
-        return self._tasks.index(task)
+            raise TaskNotFoundError(f"{self._label} has no task {task!r}; it has {known}") from None
 
     def _scope(self, task: str | None) -> int:
         return _core.SCOPE_BASE if task is None else self._number(task)
