@@ -93,8 +93,7 @@ def changed_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             except FileNotFoundError as error:
                 raise WriteError(error.errno, f"{path}: there is no such file") from error
             stack.enter_context(_locked(file, path))
-            # Whoever had it may have put another one in its place.
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            if _is_at(file, path):  # whoever had it may have put another one in its place
                 break
             stack.close()
         yield file
@@ -115,19 +114,28 @@ def replaced_file(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def _locked(file: BinaryIO, path: str | os.PathLike) -> Iterator[None]:
-    """Keep others from a file that they, too, would lock. Raises WriteError where another has it
-    so; there are file systems without locks, on which nobody is kept from anything."""
+    """Keep others from a file that they, too, would lock. Raises WriteError where one has it so."""
+    _lock(file, path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # closing is not enough where the file is mapped, too
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: BinaryIO, path: str | os.PathLike) -> None:
+    """On file systems without locks nobody is kept from anything."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise WriteError(error.errno, f"{path}: another process is writing it") from error
     except OSError:
         pass
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # closing is not enough where the file is mapped, too
-            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _is_at(file: BinaryIO, path: str | os.PathLike) -> bool:
+    """Whether an open file is still the one of that name."""
+    return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
 
 
 def check_output(path: str | os.PathLike, overwrite: bool) -> None:
@@ -165,12 +173,12 @@ def _open_locked(path: Path) -> BinaryIO:
     while True:
         file = _open_own(path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                return file
-        except BlockingIOError as error:
+            _lock(file, path)
+        except WriteError:
             file.close()
-            raise WriteError(error.errno, f"{path}: another process is writing it") from error
+            raise
+        if _is_at(file, path):
+            return file
         file.close()  # whoever had it is done, and has removed it
 
 
