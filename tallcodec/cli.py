@@ -13,7 +13,7 @@ from typing import Any
 
 from . import encoding, merging, numbers, tasks
 from . import file as tall
-from .errors import ArgumentError, TallcodecError
+from .errors import ArgumentError, TallcodecError, label
 from .progress import bar
 from .stats import stats
 from .version import __version__
@@ -265,7 +265,7 @@ def _decode(a: argparse.Namespace) -> tuple[dict, str]:
             overwrite=a.overwrite,
             progress=a.progress,
         )
-    written = [tall.label(path) for path in written]
+    written = [label(path) for path in written]
     return {"task": a.task, "written": written}, "\n".join(written)
 
 

@@ -17,8 +17,7 @@ import zstandard
 from . import _core, numbers
 from .backends import forced
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
-from .errors import ArgumentError, CheckpointError, WriteError
-from .file import label
+from .errors import ArgumentError, CheckpointError, WriteError, label
 from .file import open as open_file
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
@@ -430,7 +429,7 @@ def thresholds_of(
     if isinstance(threshold, str):
         if threshold != "auto":
             raise ArgumentError(
-                'threshold must be a number of at least 0, one per task, "auto" or "search", '
+                'threshold must be a number of at least 0, one per task, or "auto", '
                 f"not {threshold!r}"
             )
         return dict.fromkeys(tasks, 0.0)

@@ -4,6 +4,8 @@ Where Python has a built-in class for the case, the exception derives from it to
 so code that does not know tallcodec still catches what it expects to catch.
 """
 
+import os
+
 
 class TallcodecError(Exception):
     """Base class of everything tallcodec raises on purpose."""
@@ -75,3 +77,8 @@ class SwitchError(TallcodecError, RuntimeError):
 
 class ClosedError(TallcodecError, ValueError):
     """The file handle was closed."""
+
+
+def label(path: str | os.PathLike) -> str:
+    """A path as messages name it: with no bytes that are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -26,6 +26,7 @@ from .errors import (
     TaskNotFoundError,
     TensorMismatchError,
     TensorNotFoundError,
+    label,
 )
 from .info import FileInfo, Verification, read_info
 from .machine import check_threads
@@ -683,11 +684,6 @@ class StateDict(Mapping):
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would decode the tensor
         return name in self._keys
-
-
-def label(path: str | os.PathLike) -> str:
-    """A path as messages name it: with no bytes that are not UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _reopen(arguments, options, identity) -> File:

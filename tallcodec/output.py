@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError
+from .errors import ArgumentError, OutputExistsError, TallcodecError, WriteError, label
 from .machine import memory
 
 
@@ -87,15 +87,10 @@ def changed_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     written.
     """
     with write_errors(path), ExitStack() as stack:
-        while True:
-            try:
-                file = stack.enter_context(open(os.path.realpath(path), "r+b", buffering=0))
-            except FileNotFoundError as error:
-                raise WriteError(error.errno, f"{path}: there is no such file") from error
-            stack.enter_context(_locked(file, path))
-            if _is_at(file, path):  # whoever had it may have put another one in its place
-                break
-            stack.close()
+        try:
+            file = stack.enter_context(_locked(path, "r+b"))
+        except FileNotFoundError as error:
+            raise WriteError(error.errno, f"{label(path)}: there is no such file") from error
         yield file
 
 
@@ -103,24 +98,30 @@ def changed_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def replaced_file(path: str | os.PathLike) -> Iterator[None]:
     """Keep others from changing a file, where there is one, that is to be replaced: what they did
     would be lost. Raises WriteError where one does."""
-    try:
-        file = open(path, "rb", buffering=0)
-    except OSError:  # there is none, or none that anybody could change who cannot read it
-        yield
-        return
-    with file, _locked(file, path):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(path, "rb"))
+        except WriteError:
+            raise
+        except OSError:  # there is none, or none that anybody could change who cannot read it
+            pass
         yield
 
 
 @contextmanager
-def _locked(file: BinaryIO, path: str | os.PathLike) -> Iterator[None]:
-    """Keep others from a file that they, too, would lock. Raises WriteError where one has it so."""
-    _lock(file, path)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # closing is not enough where the file is mapped, too
-            fcntl.flock(file, fcntl.LOCK_UN)
+def _locked(path: str | os.PathLike, mode: str) -> Iterator[BinaryIO]:
+    """The file of a name, open, kept from others who would lock it. Raises WriteError where one has
+    it so, and what opening it does."""
+    while True:
+        with open(os.path.realpath(path), mode, buffering=0) as file:
+            _lock(file, path)
+            try:
+                if _is_at(file, path):  # whoever had it may have put another one in its place
+                    yield file
+                    return
+            finally:
+                with suppress(OSError):  # closing is not enough where the file is mapped, too
+                    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _lock(file: BinaryIO, path: str | os.PathLike) -> None:

@@ -66,25 +66,35 @@ def _difference(entry: dict, base: Any, decoded: Any, task: Any, label: str) -> 
             approx_sq += approx @ approx
             error_sq += (approx - tau) @ (approx - tau)
             size_sq += x.astype(np.float64) @ x
-    if not math.isclose(tau_sq, entry["tau_sq"], rel_tol=_SLACK):
+    said = [entry[key] for key in ("tau_sq", "dot", "approx_sq")]
+    said_tau_sq, said_dot, said_approx_sq = said
+    if not math.isclose(tau_sq, said_tau_sq, rel_tol=_SLACK):
         return (
-            f"it was not encoded from {label}: the file's task vector is "
-            f"{math.sqrt(entry['tau_sq']):.9g} long, that one's {math.sqrt(tau_sq):.9g}"
+            f"it was not encoded from {label}: by the file, Σ τ² is {said_tau_sq:.9g}, by that one "
+            f"{tau_sq:.9g}"
         )
-    said_sq = max(0.0, entry["approx_sq"] - 2 * entry["dot"] + entry["tau_sq"])
+    if not math.isfinite(size_sq):
+        return f"it decodes to values that {decoded.dtype} has no number for"
+    if any(map(math.isnan, said)) or said_approx_sq < 0:
+        return f"the file's statistics of it mean nothing: Σ τ², Σ τ·τ̂, Σ τ̂² are {said}"
     rounding = float(np.finfo(np.float32).eps) * (math.sqrt(size_sq) + math.sqrt(approx_sq))
     rounding += _half_ulp(decoded.dtype) * math.sqrt(size_sq)
     rounding += math.sqrt(base.size) * float(_info(decoded.dtype).smallest_subnormal)
+    if not abs(math.sqrt(approx_sq) - math.sqrt(said_approx_sq)) <= rounding:
+        return _wrong("‖τ̂‖", math.sqrt(approx_sq), math.sqrt(said_approx_sq))
+    if math.isinf(tau_sq):  # τ has no float32: there is no more to tell of it
+        return ""
+    said_sq = max(0.0, said_approx_sq - 2 * said_dot + said_tau_sq)
     rounding += 1e-6 * math.sqrt(max(tau_sq, said_sq))  # what cancels out in said_sq
-    if abs(math.sqrt(error_sq) - math.sqrt(said_sq)) > rounding:
-        return _wrong("error", math.sqrt(error_sq / tau_sq), math.sqrt(said_sq / tau_sq))
-    if abs(dot - entry["dot"]) > rounding * math.sqrt(tau_sq):
-        return _wrong("gain", dot / tau_sq, entry["dot"] / tau_sq)
+    if not abs(math.sqrt(error_sq) - math.sqrt(said_sq)) <= rounding:
+        return _wrong("‖τ̂ − τ‖", math.sqrt(error_sq), math.sqrt(said_sq))
+    if not abs(dot - said_dot) <= rounding * math.sqrt(tau_sq):
+        return _wrong("Σ τ·τ̂", dot, said_dot)
     return ""
 
 
 def _wrong(what: str, found: float, said: float) -> str:
-    return f"it decodes with {what} {found:.6g}, and the file says {said:.6g}"
+    return f"it decodes with {what} of {found:.6g}, and the file says {said:.6g}"
 
 
 def _info(dtype: Any) -> Any:

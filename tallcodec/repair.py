@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ArgumentError, FormatError
-from .file import File, label
+from .errors import ArgumentError, FormatError, label
+from .file import File
 from .output import changed_file
 from .tensors import pread
 

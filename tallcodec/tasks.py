@@ -6,11 +6,14 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, open_checkpoint
 from .encoding import (
+    BITS,
     CODINGS,
     DENSITY,
     add_side_data,
@@ -26,12 +29,19 @@ from .encoding import (
     source_of,
     thresholds_of,
 )
-from .errors import ArgumentError, CheckpointError, TaskNotFoundError
-from .file import _inflate, label
+from .errors import ArgumentError, CheckpointError, TaskNotFoundError, label
+from .file import _inflate
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
 from .numbers import name_of
-from .output import atomic_file, changed_file
+from .output import (
+    atomic_file,
+    changed_file,
+    place,
+    sync_folder,
+    temporary_sibling,
+    write_errors,
+)
 from .progress import Progress, check_progress
 from .tensors import Tensor
 from .version import __version__
@@ -75,13 +85,15 @@ def add(
     - ``coding``: "raw" or "entropy", as for :func:`encode`; "auto": masks as the file's are,
       ternary planes entropy coded.
     - ``rebuild``: make the file anew, all of it, from all its tasks' checkpoints and the new ones
-      (``tasks`` names each) and ``base``, with the file's own options: nothing but
-      ``encode(..., overwrite=True)`` with what the file says of how it was made.
+      (``tasks`` names each) and ``base``, with the file's own options: what :func:`encode` makes,
+      with what the file says of how it was made. What it does not tell, a density, is refused:
+      for these use :func:`encode`, or give ``bits``.
     - ``threads``, ``progress``: as for :func:`encode`; the file is the same for any number.
 
     The change is there all at once, with one write at the end: a process that is killed leaves the
     file as it was (bytes behind its end are ignored), and one that fails takes back what it wrote.
-    Several tasks in one call are one change. Nobody else can change the file meanwhile.
+    Several tasks in one call are one change, and one new index: those of changes before are space
+    that :func:`compact` gives back. Nobody else can change the file meanwhile.
 
     Returns what :attr:`tallcodec.File.info` returns. Raises ArgumentError (also for a task that is
     there already: remove it first), BaseMismatchError, CheckpointError, ReadError, FormatError,
@@ -167,10 +179,11 @@ def compact(
     path: str | os.PathLike, *, threads: int | None = None, progress: Progress | None = None
 ) -> FileInfo:
     """Give the space of removed tasks and old indices back: the file without its free ranges takes
-    its place, whole. What it holds is the same, and is checked on the way. Where there is nothing
-    to reclaim, it stays as it is.
+    its place, whole, with its permissions. What it holds is the same, and what is moved is checked.
+    Where there is nothing to reclaim, it stays as it is, and nothing is checked.
 
-    It needs as much space again, beside the file, until it is done. Returns what
+    It needs as much space again, beside the file, until it is done. Other names of the file (hard
+    links) keep the old one. Returns what
     :attr:`tallcodec.File.info` returns. Raises FormatError, ChecksumError, WriteError (at once,
     where another process is changing the file).
     """
@@ -181,7 +194,10 @@ def compact(
         if not found.core.free() and os.fstat(old.fileno()).st_size == found.core.size():
             return found.info()
         with atomic_file(path, overwrite=True) as new:
-            os.fchmod(new.fileno(), stat.S_IMODE(os.fstat(old.fileno()).st_mode))
+            then = os.fstat(old.fileno())
+            with contextlib.suppress(OSError):  # not everybody may give files away
+                os.fchown(new.fileno(), then.st_uid, then.st_gid)
+            os.fchmod(new.fileno(), stat.S_IMODE(then.st_mode))
             _core.compact(old.fileno(), new.fileno(), found.name, _WRITER, threads, progress)
             return _Change(path, new, threads, progress).info()
 
@@ -225,11 +241,16 @@ class _Change:
             self._encoder.withdraw()
 
     def file_planes(self, checkpoints: Iterable[Checkpoint]) -> dict[bytes, int]:
-        """The planes of small files by what these hold, if there are any to compare with them."""
-        if not any(checkpoint.files for checkpoint in checkpoints):
-            return {}
-        planes = {plane for _, _, plane in self.core.files() if plane is not None}
-        return {self.core.read_plane(plane, _inflate): plane for plane in sorted(planes)}
+        """The planes of small files that hold what one of the checkpoints' does, by that."""
+        wanted = {content for checkpoint in checkpoints for content in checkpoint.files.values()}
+        sizes, planes = {len(content) for content in wanted}, self.core.planes()
+        found = {}
+        for plane in sorted({plane for _, _, plane in self.core.files() if plane is not None}):
+            if planes[plane][4] in sizes:
+                content = self.core.read_plane(plane, _inflate)
+                if content in wanted:
+                    found[content] = plane
+        return found
 
     def info(self) -> FileInfo:
         """What the file holds now."""
@@ -448,20 +469,55 @@ def _rebuild(
         raise ArgumentError("rebuild takes all checkpoints, that of the base too: give base")
     with changed_file(path) as file:
         change = _Change(path, file, threads, progress)
-        info = change.info()
-        records, planes = change.core.tensors(), change.core.planes()
+        options = _options(change, tasks, methods, threshold, bits, coding)
+        target = Path(os.path.realpath(path))
+        made = temporary_sibling(target)
+        with write_errors(path):
+            try:
+                info = encode(base, tasks, made, **options, threads=threads, progress=progress)
+                place(made, target, overwrite=True)
+                sync_folder(target.parent)
+            finally:
+                made.unlink(missing_ok=True)
+        return replace(info, path=change.name)
+
+
+def _options(
+    change: _Change,
+    tasks: Mapping[str, Any],
+    methods: dict[str, str],
+    threshold: Any,
+    bits: Any,
+    coding: str,
+) -> dict[str, Any]:
+    """What the file tells of how it was made, and what is said otherwise, as :func:`encode`'s."""
+    info = change.info()
+    records, planes = change.core.tensors(), change.core.planes()
     missing = [task for task in change.tasks if task not in tasks]
     if missing:
         raise ArgumentError(f"rebuild takes the checkpoints of all tasks; missing: {missing}")
     then = {task.name: task for task in info.tasks}
-    if info.merge == "ties" or "magnitude" in {task.method for task in info.tasks}:
+    shared = {(r["shared_dtype"], r["dtype"]) for r in records if r["shared_dtype"]}
+    for task, m in methods.items():
+        if m == "auto":
+            was = then[task].method if task in then else "tall" if shared else "ternary"
+            methods[task] = "ternary" if was == "ternary" else "tall"
+    masked = [task for task, m in methods.items() if m == "tall"]
+    sparse = [task for task, m in methods.items() if m == "ternary"]
+    known = {task: then[task].threshold for task in sparse if task in then}
+    if (
+        info.merge == "ties"
+        or "magnitude" in {task.method for task in info.tasks}
+        or (bits is None and not all(known.values()))
+    ):
         raise ArgumentError(
             f"{change.name} does not tell the density it was made with: use encode, with overwrite"
         )
-    for task, m in methods.items():
-        if m == "auto":
-            methods[task] = "ternary" if task in then and then[task].method == "ternary" else "tall"
-    masked = [task for task, m in methods.items() if m == "tall"]
+    if bits is None and sparse:
+        new = [task for task in sparse if task not in then]
+        bits = known | bits_of(None, None, new, tasks, False)
+        if set(bits.values()) == {BITS}:
+            bits = None  # the default, which gives way where it is too few
     lambdas = {t: then[t].threshold for t in masked if t in then and then[t].method == "tall"}
     if threshold == "auto" and lambdas:
         if len(lambdas) < len(masked):
@@ -469,22 +525,18 @@ def _rebuild(
                 f"{change.name} was made with a λ for each task: give threshold, for all tasks"
             )
         threshold = lambdas
-    if bits is None:
-        known = {t: then[t].threshold for t, m in methods.items() if m == "ternary" and t in then}
-        new = [task for task, m in methods.items() if m == "ternary" and task not in then]
-        known |= bits_of(None, None, new, tasks, False)
-        bits = known if known and all(known.values()) else None
-    shared = {(r["shared_dtype"], r["dtype"]) for r in records if r["shared_dtype"]}
     stored = {name_of(number, numbers.DTYPES) for number, _ in shared}
     own = all(a == b for a, b in shared)
     names = {dtype: name for name, dtype in numbers.SHARED_DTYPES.items()}
-    masks = {(kind, plane_coding) for kind, plane_coding, *_ in planes}
-    if coding == "auto" and (numbers.PLANES["mask"], numbers.CONDITIONAL) in masks:
-        coding = "entropy"
-    return encode(
-        base, tasks, path,
-        merge=info.merge, threshold=threshold, method=methods, bits=bits, scale=info.scale,
-        shared_dtype="auto" if own or len(stored) != 1 else names[stored.pop()],
-        base_storage=info.base_storage, coding=coding, metadata=info.metadata,
-        threads=threads, progress=progress, overwrite=True,
-    )  # fmt: skip
+    kinds = {(kind, plane_coding) for kind, plane_coding, *_ in planes}
+    if coding == "auto":
+        if (numbers.PLANES["mask"], numbers.CONDITIONAL) in kinds:
+            coding = "entropy"
+        elif {c for kind, c in kinds if kind == numbers.PLANES["ternary"]} == {numbers.RAW}:
+            coding = "raw"
+    return {
+        "merge": info.merge, "threshold": threshold, "method": methods, "bits": bits,
+        "scale": info.scale, "base_storage": info.base_storage, "coding": coding,
+        "shared_dtype": "auto" if own or len(stored) != 1 else names[stored.pop()],
+        "metadata": info.metadata,
+    }  # fmt: skip

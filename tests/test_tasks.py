@@ -22,7 +22,7 @@ from helpers import (
     unseal,
     write_safetensors,
 )
-from tallcodec import _core, cli, reference
+from tallcodec import _core, cli, output, reference
 from tallcodec.errors import (
     ArgumentError,
     BaseMismatchError,
@@ -524,6 +524,35 @@ def test_a_second_writer_is_refused_at_once(encode):
             tallcodec.add(path, {"x": tasks["cars"]})
 
     tallcodec.encode(base, tasks, path, overwrite=True, progress=try_to_add)
+    tallcodec.add(path, tasks, base=base, rebuild=True, progress=try_to_add)
+
+
+def test_a_file_that_is_compacted_before_it_is_locked(encode, monkeypatch):
+    """What is locked then is no longer under the name."""
+    base, tasks = small_family(("cars", "dtd", "sun397"))
+    path = encode(base, tasks)
+    lock, tried = output._lock, []
+
+    def compact_first(*arguments):
+        if not tried:
+            tried.append(None)
+            tallcodec.compact(path)
+        lock(*arguments)
+
+    def try_to_add(*_):
+        with pytest.raises(WriteError, match="another process is writing it"):
+            tallcodec.add(path, {"x": tasks["cars"]})
+
+    monkeypatch.setattr(output, "_lock", compact_first)
+    for call in (
+        lambda: tallcodec.encode(base, tasks, path, overwrite=True, progress=try_to_add),
+        lambda: tallcodec.add(path, {"new": tasks["cars"]}),
+    ):
+        tallcodec.remove(path, ["dtd"])
+        tried.clear()
+        call()
+        assert tried
+    assert tallcodec.open(path, "np").tasks == ["cars", "sun397", "new"]
 
 
 def test_compact_keeps_link_and_permissions(encode, tmp_path):
@@ -568,10 +597,12 @@ def test_rebuild(encode):
          {"threshold": {"cars": 0.5, "dtd": 0.25, "sun397": 0.125}}),
         ({"method": {"cars": "ternary", "dtd": "tall"}, "metadata": {"a": "b"}}, {}),
         ({"base_storage": "reference", "merge": "average"}, {}),
+        ({"method": "ternary", "bits": 0.3}, {"bits": {"cars": 0.3, "dtd": 0.3, "sun397": 0.6}}),
+        ({"method": "ternary", "coding": "raw"}, {"method": "ternary"}),
     ):  # fmt: skip
         path = encode(base, some(tasks, "cars", "dtd"), **options)
         tallcodec.add(path, tasks, base=base, rebuild=True, **more)
-        if "method" in options:
+        if isinstance(options.get("method"), dict):
             options = options | {"method": {**options["method"], "sun397": "tall"}, "bits": None}
         expected = encode(base, tasks, **(options | more))
         assert path.read_bytes() == expected.read_bytes(), options
@@ -583,9 +614,12 @@ def test_rebuild(encode):
     ]:  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             call()
-    ties = encode(base, some(tasks, "cars", "dtd"), merge="ties")
-    with pytest.raises(ArgumentError, match="does not tell the density"):
-        tallcodec.add(ties, tasks, base=base, rebuild=True)
+    for options in ({"merge": "ties"}, {"method": "ternary", "density": 0.02}):
+        dense = encode(base, some(tasks, "cars", "dtd"), **options)
+        with pytest.raises(ArgumentError, match="does not tell the density"):
+            tallcodec.add(dense, tasks, base=base, rebuild=True)
+    tallcodec.add(dense, tasks, base=base, rebuild=True, bits=0.3)
+    assert dense.read_bytes() == encode(base, tasks, method="ternary", bits=0.3).read_bytes()
     assert path.read_bytes() == made
 
 
