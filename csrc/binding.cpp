@@ -383,6 +383,24 @@ PYBIND11_MODULE(_core, m) {
     if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   });
+  // Of a header: each slot's (whether it is right, sequence, index offset, size and hash, file size); None of an empty
+  // one.
+  m.def("slots", [](const py::bytes& bytes) {
+    const std::string_view data = bytes;
+    Header header{};
+    std::memcpy(&header, data.data(), std::min(data.size(), sizeof header));
+    py::list slots;
+    for (const Slot& s : header.slot) {
+      const Slot empty{};
+      if (std::memcmp(&s, &empty, sizeof s) == 0) {
+        slots.append(py::none());
+      } else {
+        const bool is_right = s.sequence && s.slot_hash == hash_slot(header, s);
+        slots.append(py::make_tuple(is_right, s.sequence, s.index_offset, s.index_size, s.index_hash, s.file_size));
+      }
+    }
+    return slots;
+  });
   m.def("read_source", [](const py::object& from, uint64_t size) {
     std::vector<uint8_t> buffer;
     return py::bytes(reinterpret_cast<const char*>(source(from).view(0, size, buffer)), size);

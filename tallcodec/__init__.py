@@ -18,12 +18,13 @@ from . import errors, hf, vllm
 from .backends import BackendInfo, backends
 from .encoding import encode
 from .errors import TallcodecError
-from .file import File, Loaded, open, verify
+from .file import File, Loaded, open
 from .info import FileInfo, TaskInfo, Verification
 from .merging import MergeInfo, merge
 from .stats import FileStats, stats
 from .switcher import Switcher, SwitchMetrics
 from .tasks import add, compact, remove
+from .verify import verify
 from .version import __version__
 
 

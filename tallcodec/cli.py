@@ -16,6 +16,7 @@ from . import file as tall
 from .errors import ArgumentError, TallcodecError, label
 from .progress import bar
 from .stats import stats
+from .verify import verify
 from .version import __version__
 
 
@@ -292,7 +293,7 @@ def _stats(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _verify(a: argparse.Namespace) -> tuple[dict, str]:
-    result = tall.verify(
+    result = verify(
         a.path, a.base, tasks=_pairs("--task", a.task), repair_from=a.repair_from,
         threads=a.threads, progress=a.progress,
     )  # fmt: skip

@@ -8,7 +8,6 @@ import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import zstandard
@@ -19,7 +18,6 @@ from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .checkpoint_write import Part, batches, write_checkpoint
 from .errors import (
     ArgumentError,
-    ChecksumError,
     ClosedError,
     FormatError,
     ReadError,
@@ -28,10 +26,9 @@ from .errors import (
     TensorNotFoundError,
     label,
 )
-from .info import FileInfo, Verification, read_info
+from .info import FileInfo, read_info
 from .machine import check_threads
 from .progress import Progress, check_progress
-from .proof import prove
 from .tensors import DTYPES, is_changed, pread, refuse_changed
 
 # What is mapped counts as the process's memory: of a file that is larger, the pages that were read
@@ -70,46 +67,6 @@ def open(
     opening a checkpoint raises for ``base``.
     """
     return File(path, framework, base, threads=threads, verify=verify, backend=backend)
-
-
-def verify(
-    path: str | os.PathLike,
-    base: str | os.PathLike | Mapping[str, Any] | None = None,
-    *,
-    tasks: Mapping[str, Any] | None = None,
-    repair_from: str | os.PathLike | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Verification:
-    """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
-    and, where ``base`` is given, that it is the base the file references.
-
-    ``tasks``: checkpoints (as :func:`encode` takes them) of tasks by name, all or some. Each is
-    proved to be what the task was encoded from: the same tensors; those that are stored as they
-    are, bit for bit; and all others decode with the gain and error that ``inspect`` shows, but for
-    rounding.
-
-    ``repair_from``: another copy of the file, damaged elsewhere or not at all, or a checkpoint it
-    was encoded from. First, whatever is sound there of the damaged blocks of 64 KiB, by the file's
-    checksums, is written over these in place, of another copy also the header or the index. Nothing
-    else is written.
-
-    Raises FormatError, ChecksumError naming every damaged plane with its tensor and task,
-    BaseMismatchError or TaskMismatchError naming the tensor, TaskNotFoundError, WriteError, and
-    what opening a checkpoint raises.
-    """
-    if repair_from is not None:
-        from .repair import repair
-
-        repair(path, repair_from, threads)
-    with File(path, "np", base, threads=threads) as file:
-        for task in tasks or ():
-            file._number(task)
-        found = file._verify(check_progress(progress))
-        for task, checkpoint in (tasks or {}).items():
-            with open_checkpoint(checkpoint) as opened:
-                prove(file, task, opened)
-        return replace(found, proved=len(tasks or ()))
 
 
 class File:
@@ -206,7 +163,7 @@ class File:
                 f"{self._label}: the small files of {'the base' if task is None else repr(task)} "
                 f"are {size:,} bytes; more than {_MAX_FILES:,} are not believed"
             )
-        data = {plane: file.read_plane(plane, _inflate) for _, plane in found if plane is not None}
+        data = {plane: file.read_plane(plane, inflate) for _, plane in found if plane is not None}
         return {name: b"" if plane is None else data[plane] for name, plane in found}
 
     def decode(
@@ -512,7 +469,7 @@ class File:
             raise ArgumentError(f"the back-end cpu has planes on the CPU, not on {device}")
         forced(self._forced)
         requests = self._with_base(number, [(tensor, 0) for tensor in tensors], base)
-        return Loaded(self, task, file.load(number, requests, self._threads, _inflate))
+        return Loaded(self, task, file.load(number, requests, self._threads, inflate))
 
     def _decode(
         self, number: int, requests: list[tuple[int, ...]], loaded: _core.Loaded | None = None
@@ -521,7 +478,7 @@ class File:
         many it has."""
         base, file = self._base, self._file  # in this order, see close; kept until this is done
         requests = self._with_base(number, requests, base)
-        file.decode(requests, self._threads, self._check and not loaded, _inflate, loaded)
+        file.decode(requests, self._threads, self._check and not loaded, inflate, loaded)
 
     def _device_plan(
         self,
@@ -535,7 +492,7 @@ class File:
         first element, elements). It keeps neither the file nor the base open."""
         requests = [(tensor, 0, first, count) for tensor, first, count in parts]
         requests = self._with_base(number, requests, base)
-        return self._file.device_plan(requests, set(there), self._threads, verify, _inflate)
+        return self._file.device_plan(requests, set(there), self._threads, verify, inflate)
 
     def _unmap(self) -> None:
         """Let go of the pages of the file that were read; they stay in the page cache."""
@@ -568,32 +525,6 @@ class File:
         dtype, shape, _ = self._info(_core.NONE, tensor)
         found = base.base_tensor(self._label, self._file.name(tensor), dtype, shape)
         return found.fd, found.offset
-
-    def _verify(self, progress: Progress | None) -> Verification:
-        file = self._file
-        damaged = file.verify(self._threads, progress)
-        if damaged:
-            what = "; ".join(file.describe_all(sorted({plane for plane, _ in damaged})))
-            raise ChecksumError(f"{self._label}: damaged, wrong checksums in: {what}")
-        planes = file.planes()
-        for number, (_, coding, *_) in enumerate(planes):
-            if coding == numbers.ZSTD:
-                file.read_plane(number, _inflate)
-        referenced = any(coding == numbers.EXTERNAL for _, coding, *_ in planes)
-        if self._base is not None and not referenced:
-            raise ArgumentError(f"{self._label} embeds its base: there is no other to check")
-        if referenced and self._base is not None:
-            for name in self._names(_core.NONE):
-                self.decode(None, [name])
-        return Verification(
-            path=self._label,
-            bytes=self._stat.st_size,
-            tasks=len(self._tasks),
-            tensors=len(file.tensors()),
-            planes=len(planes),
-            ignored=self._stat.st_size - file.size(),
-            base_checked=not referenced or self._base is not None,
-        )
 
 
 class Loaded:
@@ -694,7 +625,7 @@ def _reopen(arguments, options, identity) -> File:
     return file
 
 
-def _inflate(frame: memoryview, raw_size: int) -> bytes | None:
+def inflate(frame: memoryview, raw_size: int) -> bytes | None:
     """One zstd frame of known raw size, which it must state itself: nothing larger is allocated.
     None where it is not sound."""
     try:

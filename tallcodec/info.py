@@ -152,6 +152,11 @@ class Verification:
     """Bytes behind the file's end, as an interrupted append leaves them; they mean nothing."""
     base_checked: bool
     """Whether a referenced base was given and is the right one; True where it is embedded."""
+    damaged_slot: bool
+    """Whether one of the header's two slots is damaged, and does not matter: the one before the
+    latest change, or that change's own, which is then not there. Another copy repairs it."""
+    repaired: int = 0
+    """Blocks that were repaired before, header and index among them."""
     proved: int = 0
     """How many tasks were proved against their checkpoints."""
 
@@ -164,6 +169,11 @@ class Verification:
             base += f"; {self.proved} tasks decode to what it says of their checkpoints"
         if self.ignored:
             base += f"; {self.ignored} bytes behind its end are ignored"
+        if self.damaged_slot:
+            base += "; a slot of its header is damaged: if it is that of the last change, this is "
+            base += "the file before it, and a copy repairs it (--repair-from)"
+        if self.repaired:
+            base += f"; {self.repaired} blocks were repaired"
         return (
             f"{self.path}: whole: {_size(self.bytes)}, {self.tasks} tasks, {self.tensors} tensors, "
             f"{self.planes} planes{base}"

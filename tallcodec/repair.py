@@ -2,9 +2,8 @@
 
 import mmap
 import os
-import struct
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 from . import _core, numbers
 from .checkpoint import Checkpoint, open_checkpoint
@@ -14,106 +13,124 @@ from .output import changed_file
 from .tensors import pread
 
 _BLOCK = 65536  # bytes per checksum
-_HEADER, _SLOTS = 192, (64, 128)
-_SLOT = struct.Struct("<5Q16xQ")  # sequence, index offset, size and hash, file size; its own hash
+_HEADER = 192
 
 Read = Callable[[int, int, int], bytes | None]
 """Of a plane, from an offset of the file, so many bytes: what they should be, or may be."""
 
 
-def repair(path: str | os.PathLike, other: str | os.PathLike, threads: int | None) -> None:
+def repair(path: str | os.PathLike, other: Any, threads: int | None) -> int:
     """Write over what is damaged in a file what ``other`` has in its place, where that is right by
-    the file's checksums.
+    the file's checksums. Gives how many blocks that were, header and index among them.
 
     May be interrupted at any point: nothing that is right is written over, and the index is right
-    before the header names it. Raises ArgumentError where ``other`` is another file, WriteError.
+    before the header names it. Raises ArgumentError where the file cannot be opened, and ``other``
+    does not help; WriteError.
     """
     real = os.path.realpath(path)
     with changed_file(path) as file:
         if _is_tall(other):
             with File(other, "np") as copy:
-                _repair_head(file, label(path), copy)
+                written = _repair_head(file, label(path), copy)
                 with File(real, "np", threads=threads) as damaged:
-                    _repair_planes(file, damaged, lambda _, at, size: copy._map[at : at + size])
-        else:
-            with open_checkpoint(other) as given, File(real, "np", threads=threads) as damaged:
-                _repair_planes(file, damaged, _planes_of(given, damaged))
+                    return written + _repair_planes(
+                        file, damaged, lambda _, at, size: copy._map[at : at + size]
+                    )
+        with open_checkpoint(other) as given, File(real, "np", threads=threads) as damaged:
+            return _repair_planes(file, damaged, _planes_of(given, damaged))
 
 
-def _is_tall(path: str | os.PathLike) -> bool:
-    if not os.path.isfile(path):
+def _is_tall(path: Any) -> bool:
+    if isinstance(path, Mapping) or not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         return file.read(5) == b"\x89TALL"
 
 
-def _repair_head(file: BinaryIO, name: str, copy: File) -> None:
-    """Header and index, where one of them is damaged and the other shows what file it is."""
-    identity = copy._file.identity()
-    header = copy._map[:_HEADER]
-    _, begin, size, *_ = _slot_of(header, identity)
+class _Slot(NamedTuple):
+    is_right: bool
+    sequence: int
+    begin: int
+    size: int
+    identity: int  # the index's hash
+    file_size: int
+
+
+def _slots(header: bytes) -> list[_Slot | None]:
+    """Those of a header; None for an empty one."""
+    return [slot and _Slot(*slot) for slot in _core.slots(header)]
+
+
+def has_damaged_slot(header: bytes) -> bool:
+    return any(slot and not slot.is_right for slot in _slots(header))
+
+
+def _repair_head(file: BinaryIO, name: str, copy: File) -> int:
+    """Header and index, where one of them is damaged and the other shows that it is a copy."""
     length = os.fstat(file.fileno()).st_size
-    found = _identity(file, length)
-    if found == identity:
-        return
-    if found is None and length >= copy._file.size():
-        index = pread(file, size, begin).tobytes()
-        is_right = _core.kernels.hash(index) == identity
-        is_named = _slot_of(pread(file, _HEADER, 0).tobytes(), identity) is not None
-        if is_named and not is_right:
-            return _write(file, copy._map[begin : begin + size], begin)
-        if is_right and not is_named:
-            return _write(file, header, 0)
+    header, theirs = pread(file, min(_HEADER, length), 0).tobytes(), copy._map[:_HEADER]
+    ours, found = _slots(header), _opened(file, length)
+    latest = max((s for s in _slots(theirs) if s and s.is_right), key=lambda s: s.sequence)
+    has_index = length >= latest.file_size and latest.identity == _core.kernels.hash(
+        pread(file, latest.size, latest.begin)
+    )
+    if has_index and header != theirs and (found is None or has_damaged_slot(header)):
+        if found is None or found.sequence <= latest.sequence:
+            return _write(file, theirs, 0)
+    if found is not None:
+        return 0
+    named = max((s for s in ours if s and s.is_right), key=lambda s: s.sequence, default=None)
+    if named and named.file_size > length:
+        raise ArgumentError(
+            f"{name}: was cut short, {length:,} of {named.file_size:,} bytes are there: copy "
+            f"{copy._label} over it, if it is the same file"
+        )
+    if named == latest:
+        return _write(file, copy._map[latest.begin : latest.begin + latest.size], latest.begin)
     raise ArgumentError(
         f"{name}: cannot be repaired from {copy._label}: it is another file, or nothing that is "
         "left of header and index shows that it is not"
     )
 
 
-def _identity(file: BinaryIO, length: int) -> int | None:
+def _opened(file: BinaryIO, length: int) -> _Slot | None:
+    """The slot by which a file is read, if it can be."""
     if not length:
         return None
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             core = _core.File("", data)
-            identity = core.identity()
+            identity, size = core.identity(), core.size()
             del core
-            return identity
+            slots = _slots(data[:_HEADER])
     except FormatError:
         return None
+    return next(s for s in slots if s and s.is_right and s[4:] == (identity, size))
 
 
-def _slot_of(header: bytes, identity: int) -> tuple[int, ...] | None:
-    """The slot of a header that is sound and names the index of this checksum."""
-    for at in _SLOTS:
-        *fields, own = _SLOT.unpack_from(header, at)
-        bytes_ = (header[:64] + header[at : at + 56]).ljust(128, b"\0")
-        if fields[0] and fields[3] == identity and own == _core.kernels.hash(bytes_):
-            return tuple(fields)
-    return None
-
-
-def _repair_planes(file: BinaryIO, damaged: File, read: Read) -> None:
+def _repair_planes(file: BinaryIO, damaged: File, read: Read) -> int:
     core = damaged._file
     try:
         blocks = core.verify(damaged._threads)
     except FormatError:
-        return  # all checksums are right: another copy has nothing else
-    planes = core.planes()
+        return 0  # all checksums are right: another copy has nothing else
+    planes, written = core.planes(), 0
     for plane, block in blocks:
         _, _, offset, size, _ = planes[plane]
         begin = block * _BLOCK
         data = read(plane, offset + begin, min(_BLOCK, -(-size // 64) * 64 - begin))
         if data is not None and _core.kernels.hash(data) == core.sum(plane, block):
-            _write(file, data, offset + begin)
+            written += _write(file, data, offset + begin)
+    return written
 
 
-def _write(file: BinaryIO, data: bytes, offset: int) -> None:
+def _write(file: BinaryIO, data: bytes, offset: int) -> int:
     """And have it on the disk before anything else is written."""
     while data:
         written = os.pwrite(file.fileno(), data, offset)
         data, offset = data[written:], offset + written
     os.fsync(file.fileno())
+    return 1
 
 
 def _planes_of(checkpoint: Checkpoint, damaged: File) -> Read:

@@ -30,7 +30,7 @@ from .encoding import (
     thresholds_of,
 )
 from .errors import ArgumentError, CheckpointError, TaskNotFoundError, label
-from .file import _inflate
+from .file import inflate
 from .info import SCORES, FileInfo, read_info
 from .machine import check_threads, memory
 from .numbers import name_of
@@ -247,7 +247,7 @@ class _Change:
         found = {}
         for plane in sorted({plane for _, _, plane in self.core.files() if plane is not None}):
             if planes[plane][4] in sizes:
-                content = self.core.read_plane(plane, _inflate)
+                content = self.core.read_plane(plane, inflate)
                 if content in wanted:
                     found[content] = plane
         return found

@@ -265,7 +265,7 @@ def test_ctrl_c(capsys, vision, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tallcodec.file.verify", interrupt)
+    monkeypatch.setattr("tallcodec.cli.verify", interrupt)
     assert main(["verify", "vision.tall"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from hostile import agree, outcome, use, use_reference
 from make import build
 from tallcodec import _core, reference
 from tallcodec.errors import ChecksumError, FormatError, TallcodecError
-from tallcodec.file import _inflate
+from tallcodec.file import inflate
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -77,13 +77,13 @@ def decode_each(file, base):
                 source = (-1, base[file.name(file.original(tensor))].ctypes.data)
             request = (task, tensor, array.ctypes.data, source)
             try:
-                file.decode([request], 1, True, _inflate)
+                file.decode([request], 1, True, inflate)
                 found[task, tensor] = array.tobytes()
             except TallcodecError as error:
                 found[task, tensor] = error
     for _, _, plane in file.files():
         try:
-            found[plane] = b"" if plane is None else file.read_plane(plane, _inflate)
+            found[plane] = b"" if plane is None else file.read_plane(plane, inflate)
         except TallcodecError as error:
             found[plane] = error
     return found

@@ -112,24 +112,87 @@ def test_header_and_index_is_too_much(paths):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_another_file_is_refused(paths, tmp_path, checkpoints, damaged):
+def test_of_another_file_nothing_is_taken(paths, tmp_path, checkpoints):
     path, _ = paths
     other = tmp_path / "other.tall"
-    tallcodec.encode(checkpoints[0], {"t": checkpoints[1]}, other, metadata={"k": "v"})
-    if damaged:
-        flip(path, blocks_of(path.read_bytes())[0][2])
-    before = path.read_bytes()
-    with pytest.raises(ArgumentError, match="it is another file"):
-        tallcodec.verify(path, repair_from=other)
-    assert path.read_bytes() == before
+    tasks = {"t": {"a": normal((300, 200), 9)}}
+    tallcodec.encode({"a": normal((300, 200), 8)}, tasks, other)
+    assert tallcodec.verify(path, repair_from=other).repaired == 0
+    whole = path.read_bytes()
+    for where, error, match in (
+        (blocks_of(whole)[0][2], ChecksumError, "base plane of tensor 'a'"),
+        (places(whole)["slot"], ArgumentError, "it is another file"),
+        (places(whole)["index"], ArgumentError, "it is another file"),
+    ):
+        path.write_bytes(whole)
+        flip(path, where)
+        before = path.read_bytes()
+        with pytest.raises(error, match=match):
+            tallcodec.verify(path, repair_from=other)
+        assert path.read_bytes() == before
 
 
 def test_a_file_that_is_cut_short_is_copied_instead(paths):
     path, copy = paths
     os.truncate(path, path.stat().st_size - 64)
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match="was cut short, .* copy .*copy.tall over it"):
         tallcodec.verify(path, repair_from=copy)
+
+
+def test_a_copy_from_before_a_change_and_one_from_after(paths, checkpoints):
+    path, before = paths
+    tallcodec.add(path, {"new": checkpoints[1]})
+    whole = path.read_bytes()
+    after = path.with_name("after.tall")
+    after.write_bytes(whole)
+    planes = blocks_of(whole)
+    old = [at for _, _, at in planes if at < before.stat().st_size]
+    flip(path, old[0], old[-1])
+    assert tallcodec.verify(path, repair_from=before).repaired == 2
+    assert path.read_bytes() == whole
+    flip(path, max(at for _, _, at in planes))
+    with pytest.raises(ChecksumError, match="task 'new'"):
+        tallcodec.verify(path, repair_from=before)
+    assert tallcodec.verify(path, repair_from=after).repaired == 1
+    flip(before, old[1])
+    assert tallcodec.verify(before, repair_from=after).repaired == 1
+    assert tallcodec.open(before, "np").tasks == ["t"]  # the change is not brought to it
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_slot_that_is_damaged_is_told_and_repaired(paths, checkpoints, slot, capsys):
+    """Without the latest one, a file is what it was before the change."""
+    path, copy = paths
+    assert not tallcodec.verify(path).damaged_slot
+    tallcodec.add(path, {"new": checkpoints[1]})
+    whole = path.read_bytes()
+    copy.write_bytes(whole)
+    flip(path, 64 + 64 * slot + 20)
+    assert tallcodec.open(path, "np").tasks == (["t", "new"] if slot == 0 else ["t"])
+    assert tallcodec.verify(path).damaged_slot
+    assert cli.main(["verify", str(path)]) == 0
+    assert "a slot of its header is damaged" in capsys.readouterr().out
+    found = tallcodec.verify(path, repair_from=copy)
+    assert (found.repaired, found.damaged_slot) == (1, False) and path.read_bytes() == whole
+
+
+def test_a_copy_does_not_take_a_change_back(paths, checkpoints):
+    """Its slot is the one before; that it is damaged in the file does not matter."""
+    path, before = paths
+    tallcodec.add(path, {"new": checkpoints[1]})
+    flip(path, 64 + 20)
+    damaged = path.read_bytes()
+    assert tallcodec.verify(path, repair_from=before).repaired == 0
+    assert path.read_bytes() == damaged and tallcodec.open(path, "np").tasks == ["t", "new"]
+
+
+def test_from_a_state_dict(paths, checkpoints):
+    path, _ = paths
+    whole = path.read_bytes()
+    flip(path, blocks_of(whole)[0][2])
+    state = {"a": normal((300, 200), 1), "b": normal((70, 90), 2)}
+    assert tallcodec.verify(path, repair_from=state).repaired == 1
+    assert path.read_bytes() == whole
 
 
 def test_from_the_checkpoints_it_was_encoded_from(paths, checkpoints):

@@ -19,7 +19,7 @@ from tallcodec.errors import (
     TallcodecError,
     VersionError,
 )
-from tallcodec.file import _inflate
+from tallcodec.file import inflate
 from tallcodec.reference import records
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -346,7 +346,7 @@ def fast_decode(file, task, name):
     """A tensor's bytes, by the C++ reader."""
     tensor = file.find_tensor(name)
     out = np.empty(file.info(task, tensor)[2], np.uint8)
-    file.decode([(task, tensor, out.ctypes.data, None)], 1, True, _inflate)
+    file.decode([(task, tensor, out.ctypes.data, None)], 1, True, inflate)
     return out.tobytes()
 
 
