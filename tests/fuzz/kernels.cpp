@@ -171,6 +171,45 @@ void decode_and_sum(Input& in) {
   EXPECT(same(by_rows, rows_expected, s.other_dtype));
 }
 
+// Whole checksum blocks, decoded and hashed at once.
+void decode_hashed(Input& in) {
+  const DType base_dtype = in.one_of(kFloats), out_dtype = in.one_of(kFloats);
+  const DType shared_dtype = in.below(4) ? in.one_of(kShared) : kSigns;
+  const float scale = in.take<float>();
+  const bool hashes_shared = shared_dtype != kSigns;
+  const uint32_t base_size = size_of(base_dtype), shared_size = hashes_shared ? size_of(shared_dtype) : base_size;
+  const uint64_t n = kSumBlock / std::min(base_size, shared_size);
+  const Buffer base = values(in, n, base_dtype, gap_of(in)), scales = values(in, n / kScaleBlock, DType::F32, 0);
+  const Buffer mask(in.bytes(n / 8), gap_of(in));
+  const Buffer shared = hashes_shared ? values(in, n, shared_dtype, gap_of(in)) : Buffer(in.bytes(n / 8), gap_of(in));
+  struct Found {
+    Buffer out;
+    std::vector<uint64_t> base, shared;
+  };
+  const auto run = [&](const Kernels& k, size_t gap) {
+    Found f{Buffer(n * size_of(out_dtype), gap), std::vector<uint64_t>(n * base_size / kSumBlock),
+            std::vector<uint64_t>(hashes_shared ? n * shared_size / kSumBlock : 0)};
+    DecodeBlock d{};
+    d.n = n;
+    d.base = base.data();
+    d.base_dtype = base_dtype;
+    d.shared = shared.data();
+    d.shared_dtype = shared_dtype;
+    if (shared_dtype == DType::I8) d.shared_scales = scales.as<float>();
+    d.mask = mask.data();
+    d.scale = scale;
+    d.out = f.out.data();
+    d.out_dtype = out_dtype;
+    k.decode_hashed(d, f.base.data(), f.shared.data());
+    return f;
+  };
+  const Found expected = run(kernels_scalar, 0);
+  for (auto k = available_kernels(); *k; ++k) {
+    const Found f = run(**k, gap_of(in));
+    EXPECT(same(f.out, expected.out, out_dtype) && f.base == expected.base && f.shared == expected.shared);
+  }
+}
+
 struct Encoded {
   Buffer shared, scales;
   std::vector<Buffer> masks;
@@ -377,11 +416,12 @@ void unmask(Input& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input in(data, size);
-  switch (in.below(5)) {
+  switch (in.below(6)) {
     case 0: decode_and_sum(in); break;
     case 1: encode(in); break;
     case 2: count(in); break;
     case 3: hash_and_zeros(in); break;
+    case 4: decode_hashed(in); break;
     default: unmask(in);
   }
   return 0;
