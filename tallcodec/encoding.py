@@ -19,7 +19,7 @@ from .backends import forced
 from .checkpoint import Checkpoint, open_checkpoint, refuse_input_as_output
 from .errors import ArgumentError, CheckpointError, WriteError, label
 from .file import open as open_file
-from .info import SCORES, FileInfo, read_info
+from .info import MERGED, SCORES, FileInfo, read_info
 from .machine import check_threads, memory
 from .output import Partial, atomic_file, check_output, replaced_file, resumable_file
 from .progress import Progress, check_progress
@@ -410,6 +410,12 @@ def _fewest(task: str, grid: list[float], scores: list[float], target: float) ->
     )
 
 
+def check_has_base(task: Checkpoint, base: Checkpoint, what: str) -> None:
+    """Refuse a checkpoint of another model, as far as that can be told by names."""
+    if not base.tensors.keys() & task.tensors.keys():
+        raise CheckpointError(f"{task.label}: none of its tensors is in {what}: is that its base?")
+
+
 def check_names(
     argument: str, given: Mapping, tasks: Iterable[str], all_tasks: Iterable[str] | None = None
 ) -> None:
@@ -479,8 +485,9 @@ def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
             f"metadata must map strings to strings, not be a {type(metadata).__name__}"
         )
     metadata = dict(metadata or {})
-    if SCORES in metadata:
-        raise ArgumentError(f"metadata {SCORES!r} is where the scores of a search are kept")
+    for key in (SCORES, MERGED):
+        if key in metadata:
+            raise ArgumentError(f"metadata {key!r} is the library's own")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ArgumentError(f"metadata must map strings to strings, not {key!r} to {value!r}")
@@ -502,10 +509,7 @@ def _plan(
     for checkpoint in (base, *tasks):
         check_names_and_shapes(checkpoint)
     for task in tasks:
-        if not base.tensors.keys() & task.tensors.keys():
-            raise CheckpointError(
-                f"{task.label}: none of its tensors is in the base {base.label}: is that its base?"
-            )
+        check_has_base(task, base, f"the base {base.label}")
     aliases = _aliases(base, tasks)
     number = {name: i for i, name in enumerate(names)}
     for name in names:

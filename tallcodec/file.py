@@ -73,7 +73,8 @@ class File:
     """A `.tall` file, open for reading. Made by :func:`open`.
 
     Immutable: any number of threads may use one at once. It can be pickled (by its path), and
-    unpickling fails where another file is under that path by then. A context manager; closing it
+    unpickling fails where another file is under that path by then, or tasks were added to it or
+    removed: open it again. A context manager; closing it
     twice is harmless, and closing it while another thread decodes either lets that thread finish or
     makes it raise ClosedError before it has written anything.
     """
@@ -621,7 +622,9 @@ def _reopen(arguments, options, identity) -> File:
     path, file = arguments[0], File(*arguments, **options)
     if file._file.identity() != identity:
         file.close()
-        raise FormatError(f"{path}: this is not the file that was pickled; it was replaced since")
+        raise FormatError(
+            f"{path}: this is not the file that was pickled: it was changed or replaced since"
+        )
     return file
 
 

@@ -1,5 +1,6 @@
 """What a file holds and what it costs, as numbers and as a table."""
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -9,7 +10,9 @@ import numpy as np
 from . import _core, numbers
 from .numbers import name_of
 
-SCORES = "tallcodec.scores"  # the key of the file's metadata that holds a search's, as JSON
+# Keys of the file's metadata that are the library's own, and hold JSON: a search's scores, and the
+# tasks whose sum the shared vector is, where these are no longer those that have masks of it.
+SCORES, MERGED = "tallcodec.scores", "tallcodec.merged"
 _LISTED = 20  # verbatim tensors that the table names per task
 
 
@@ -86,6 +89,9 @@ class FileInfo:
     tasks: list[TaskInfo]
     scores: dict[str, dict[float, float]]
     """Of every task, by λ or bits: what a search for them found. Empty where there was none."""
+    merged: list[str]
+    """The tasks that the shared vector was made of: those that have masks, until some are added or
+    removed, which leaves it as it is."""
 
     @property
     def models(self) -> float:
@@ -109,6 +115,9 @@ class FileInfo:
         ]  # fmt: skip
         if self.metadata:
             lines.insert(-1, "metadata: " + ", ".join(f"{k}={v}" for k, v in self.metadata.items()))
+        masked = [task.name for task in self.tasks if task.method != "ternary"]
+        if masked and self.merged != masked:
+            lines.insert(-1, f"the shared vector is of: {', '.join(self.merged)}")
         rows = [(
             "task", "λ", "bits/param", "density", "gain", "error", "coded", "base", "verbatim",
             "absent",
@@ -123,6 +132,9 @@ class FileInfo:
         for row in rows:
             cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
             lines.append("  ".join(cells).rstrip())
+        for t in self.tasks:
+            if t.tensors["verbatim"] and not t.tensors["mask"] + t.tensors["ternary"]:
+                lines.append(f"{t.name}: all stored as it is; is it a fine-tune of this base?")
         ternary = {task.name for task in self.tasks if task.method == "ternary"}
         for task, scores in self.scores.items():
             found = ", ".join(f"{value:g}: {score:.6g}" for value, score in scores.items())
@@ -206,8 +218,9 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
         planes={kind: count for kind, count in stored.items() if count},
         overhead=size - sum(stored.values()),
         reclaimable=size - file.size() + sum(length for _, length in file.free()),
-        metadata={k: v for k, v in metadata.items() if k != SCORES},
+        metadata={k: v for k, v in metadata.items() if k not in (SCORES, MERGED)},
         scores=_scores(metadata.get(SCORES)),
+        merged=_merged(metadata.get(MERGED), file.tasks()),
         tasks=[_task_info(file, i, task, tensors, planes) for i, task in enumerate(file.tasks())],
     )
 
@@ -272,6 +285,13 @@ def _scores(text: str | None) -> dict[str, dict[float, float]]:
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _merged(text: str | None, tasks: list[dict]) -> list[str]:
+    """What a change has noted, or else the tasks that have masks."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return [str(name) for name in json.loads(text)]
+    return [t["name"] for t in tasks if t["method"] != numbers.METHODS["ternary"]]
 
 
 def _rule(task: TaskInfo) -> str:

@@ -51,6 +51,13 @@ class MergeInfo:
     kept: list[str]
     """Tensors that keep the base's values though a task has others: all such tasks hold them
     verbatim (NaN, infinity, another shape, no arithmetic type)."""
+    merged: list[str]
+    """The tasks that are in the shared vector: those the file was encoded from, but for ternary
+    ones. :func:`tallcodec.add` and :func:`tallcodec.remove` leave it as it is."""
+    removed: list[str]
+    """Those of them that the file no longer has."""
+    added: list[str]
+    """Tasks that have masks of the shared vector, and are not in it."""
     partly: dict[str, list[str]]
     """Merged tensors, and the tasks that hold them verbatim and so are not in the merger."""
     dropped: list[str]
@@ -73,6 +80,8 @@ class MergeInfo:
             )
         lines += [f"α {alpha:g}: score {score:.6g}" for alpha, score in self.scores.items()]
         lines += [f"as in the base, though tasks differ: {name}" for name in self.kept]
+        lines += [f"removed from the file, and still in the vector: {t!r}" for t in self.removed]
+        lines += [f"added to the file, and not in the vector: {task!r}" for task in self.added]
         lines += [f"without {', '.join(map(repr, t))}: {name}" for name, t in self.partly.items()]
         lines += [f"not in the base, left out: {name}" for name in self.dropped]
         return "\n".join(lines)
@@ -343,9 +352,13 @@ class _Merger:
             elif verbatim:
                 kept.append(tensor["name"])
         min_tasks = self._min_tasks or None
+        ternary = numbers.METHODS["ternary"]
+        masked = [task["name"] for task in core.tasks() if task["method"] != ternary]
+        merged = self._file.info.merged
         return MergeInfo(
             self._method, self._vector, min_tasks, scale, parameters, active, scores, written, kept,
-            partly, dropped,
+            merged, [task for task in merged if task not in masked],
+            [task for task in masked if task not in merged], partly, dropped,
         )  # fmt: skip
 
 

@@ -80,11 +80,8 @@ def _repair_head(file: BinaryIO, name: str, copy: File) -> int:
     if found is not None:
         return 0
     named = max((s for s in ours if s and s.is_right), key=lambda s: s.sequence, default=None)
-    if named and named.file_size > length:
-        raise ArgumentError(
-            f"{name}: was cut short, {length:,} of {named.file_size:,} bytes are there: copy "
-            f"{copy._label} over it, if it is the same file"
-        )
+    if named == latest and named.file_size > length:
+        return _write(file, copy._map[length : latest.file_size], length)
     if named == latest:
         return _write(file, copy._map[latest.begin : latest.begin + latest.size], latest.begin)
     raise ArgumentError(

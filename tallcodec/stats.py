@@ -35,7 +35,7 @@ class Agreement:
     @property
     def selfish(self) -> float:
         """The share of those that are active in exactly one."""
-        return self.shares[1]
+        return self.shares[1] if self.counts[1:] else math.nan
 
     @property
     def universal(self) -> float:

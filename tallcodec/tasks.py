@@ -20,6 +20,7 @@ from .encoding import (
     append_verbatim,
     are_tied,
     bits_of,
+    check_has_base,
     check_names,
     check_names_and_shapes,
     check_tasks,
@@ -29,9 +30,9 @@ from .encoding import (
     source_of,
     thresholds_of,
 )
-from .errors import ArgumentError, CheckpointError, TaskNotFoundError, label
+from .errors import ArgumentError, TaskNotFoundError, label
 from .file import inflate
-from .info import SCORES, FileInfo, read_info
+from .info import MERGED, SCORES, FileInfo, read_info
 from .machine import check_threads, memory
 from .numbers import name_of
 from .output import (
@@ -44,6 +45,7 @@ from .output import (
 )
 from .progress import Progress, check_progress
 from .tensors import Tensor
+from .verify import verify
 from .version import __version__
 
 METHODS_OF_NEW = ("auto", "tall", "ternary")
@@ -85,9 +87,11 @@ def add(
     - ``coding``: "raw" or "entropy", as for :func:`encode`; "auto": masks as the file's are,
       ternary planes entropy coded.
     - ``rebuild``: make the file anew, all of it, from all its tasks' checkpoints and the new ones
-      (``tasks`` names each) and ``base``, with the file's own options: what :func:`encode` makes,
-      with what the file says of how it was made. What it does not tell, a density, is refused:
-      for these use :func:`encode`, or give ``bits``.
+      (``tasks`` names each) and ``base``, which are checked to be those it was made from, with the
+      file's own options: what :func:`encode` makes, with what the file says of how it was made.
+      What it does not tell, a density, is refused: for these use :func:`encode`, or give ``bits``.
+      "auto" is what a task is in the file, and masks for new ones where there is a shared vector;
+      ``method="tall"`` brings all into it.
     - ``threads``, ``progress``: as for :func:`encode`; the file is the same for any number.
 
     The change is there all at once, with one write at the end: a process that is killed leaves the
@@ -139,6 +143,8 @@ def add(
         unsure = [task for task, m in methods.items() if m == "auto" and addition.shared]
         encoder = addition.encode(codes, unsure)
         add_side_data(encoder, enumerate(checkpoints), change.file_planes(checkpoints))
+        masked = [task for task, code in addition.codes.items() if not code.ternary]
+        change.note_merged(encoder, [*change.masked, *masked])
         for checkpoint in (addition.base, *checkpoints):
             checkpoint.check_unchanged()
         encoder.finish()
@@ -148,10 +154,11 @@ def add(
 def remove(path: str | os.PathLike, tasks: Iterable[str]) -> FileInfo:
     """Remove tasks from a `.tall` file, which stays as it is for whoever has it open.
 
-    The other tasks and the base do not change. The space of what was the tasks' own becomes free
-    ranges, which :func:`compact` reclaims; so does a shared vector that no mask is left of. All
-    tasks may go: a base is left, to which others may be added. The change is there all at once, as
-    that of :func:`add`.
+    The other tasks and the base do not change, and so the shared vector does not: it still has the
+    removed tasks in it, and :func:`merge` says so. (For a file without any trace of them, encode
+    anew.) The space of what was the tasks' own becomes free ranges, which :func:`compact` reclaims
+    and overwrites; so does a shared vector that no mask is left of. All tasks may go: a base is
+    left, to which others may be added. The change is there all at once, as that of :func:`add`.
 
     Returns what :attr:`tallcodec.File.info` returns. Raises ArgumentError, TaskNotFoundError,
     FormatError, WriteError (at once, where another process is changing the file).
@@ -171,6 +178,7 @@ def remove(path: str | os.PathLike, tasks: Iterable[str]) -> FileInfo:
         scores = change.metadata.get(SCORES)
         if scores is not None:
             encoder.add_metadata(_core.SCOPE_FILE, SCORES, _without_scores(scores, gone))
+        change.note_merged(encoder, [task for task in change.masked if task not in gone])
         encoder.finish()
         return change.info()
 
@@ -214,6 +222,11 @@ class _Change:
         self.core = _core.File(self.name, self._map())
         self.tasks = [task["name"] for task in self.core.tasks()]
         self.metadata = {k: v for s, k, v in self.core.metadata() if s == _core.SCOPE_FILE}
+        self.masked = [
+            task["name"]
+            for task in self.core.tasks()
+            if task["method"] != numbers.METHODS["ternary"]
+        ]
         self._encoder: _core.Encoder | None = None
 
     def _map(self) -> mmap.mmap | bytes:
@@ -251,6 +264,12 @@ class _Change:
                 if content in wanted:
                     found[content] = plane
         return found
+
+    def note_merged(self, encoder: _core.Encoder, masked: list[str]) -> None:
+        """Have the file say whose sum its shared vector is, where that is not of these tasks, which
+        will have masks of it."""
+        if masked and MERGED not in self.metadata and masked != self.masked:
+            encoder.add_metadata(_core.SCOPE_FILE, MERGED, json.dumps(self.masked))
 
     def info(self) -> FileInfo:
         """What the file holds now."""
@@ -321,6 +340,8 @@ class _Addition:
             "least_bits": least_bits,
         }
         self._plan: list[tuple] | None = None
+        self.codes: dict[str, _Code] = {}
+        """How the tasks were coded last."""
 
     def encode(self, codes: dict[str, _Code], unsure: list[str]) -> _core.Encoder:
         """All planes of all tasks, those of which it is unsure coded the better way."""
@@ -341,6 +362,7 @@ class _Addition:
         return planes if codes == sparse else self._encode(codes)
 
     def _encode(self, codes: dict[str, _Code]) -> _core.Encoder:
+        self.codes = codes
         change, tasks = self._change, [self._tasks[task] for task in codes]
         kept = range(len(change.tasks))
         encoder = change.extend(kept, self._more, self._untied, **self._recipe)
@@ -367,11 +389,7 @@ class _Addition:
         plan = []
         for task_name, task in self._tasks.items():
             check_names_and_shapes(task)
-            if not self.base.tensors.keys() & task.tensors.keys():
-                raise CheckpointError(
-                    f"{task.label}: none of its tensors is in the base of {self._change.name}: is "
-                    "that its base?"
-                )
+            check_has_base(task, self.base, f"the base of {self._change.name}")
             for tensor, name in enumerate(self._names):
                 theirs = task.tensors.get(name)
                 if theirs is None or self._is_alias(name):
@@ -466,10 +484,11 @@ def _rebuild(
 ) -> FileInfo:
     """The file encoded anew, with the options that it tells of itself."""
     if base is None:
-        raise ArgumentError("rebuild takes all checkpoints, that of the base too: give base")
+        raise ArgumentError("rebuild takes all checkpoints, that of the base too (base=, --base)")
     with changed_file(path) as file:
         change = _Change(path, file, threads, progress)
         options = _options(change, tasks, methods, threshold, bits, coding)
+        verify(path, base, tasks={t: tasks[t] for t in change.tasks}, threads=threads)
         target = Path(os.path.realpath(path))
         made = temporary_sibling(target)
         with write_errors(path):
@@ -522,7 +541,8 @@ def _options(
     if threshold == "auto" and lambdas:
         if len(lambdas) < len(masked):
             raise ArgumentError(
-                f"{change.name} was made with a λ for each task: give threshold, for all tasks"
+                f"{change.name} has tasks with a λ of their own, which others have not: give "
+                "threshold, for all tasks"
             )
         threshold = lambdas
     stored = {name_of(number, numbers.DTYPES) for number, _ in shared}

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from . import _core, numbers
-from .checkpoint import open_checkpoint
-from .errors import ArgumentError, ChecksumError
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import ArgumentError, BaseMismatchError, ChecksumError
 from .file import File, inflate
 from .info import Verification
 from .progress import Progress, check_progress
@@ -25,7 +25,7 @@ def verify(
     progress: Progress | None = None,
 ) -> Verification:
     """Check every byte of a file: its structure, all checksums, that compressed planes decompress,
-    and, where ``base`` is given, that it is the base the file references.
+    and, where ``base`` is given, that it is the base that the file has, or references.
 
     ``tasks``: checkpoints (as :func:`encode` takes them) of tasks by name, all or some. Each task
     is proved to decode as near to its checkpoint as the file says: the same tensors; those that are
@@ -54,23 +54,37 @@ def verify(
         return replace(found, repaired=repaired, proved=len(tasks or ()))
 
 
+def _check_base(file: File, name: str, base: Checkpoint, referenced: bool) -> None:
+    """Whether a base that was given is the file's: where it is only referenced, decoding checks
+    it."""
+    ours = file.decode(None, [name])[name]
+    if not referenced:
+        dtype, shape, _ = file._info(_core.NONE, file._tensor(name))
+        theirs = base.base_tensor(file._label, name, dtype, shape).read()
+        if ours.tobytes() != theirs.tobytes():
+            raise BaseMismatchError(
+                f"{base.label} is not the base of {file._label}: tensor {name!r} has other values"
+            )
+
+
 def _check(file: File, progress: Progress | None) -> Verification:
     """Every byte of an open file."""
     core = file._file
     damaged = core.verify(file._threads, progress)
     if damaged:
         what = "; ".join(core.describe_all(sorted({plane for plane, _ in damaged})))
-        raise ChecksumError(f"{file._label}: damaged, wrong checksums in: {what}")
+        raise ChecksumError(
+            f"{file._label}: damaged, wrong checksums in: {what} (another copy of the file repairs "
+            "it: repair_from=, --repair-from)"
+        )
     planes = core.planes()
     for number, (_, coding, *_) in enumerate(planes):
         if coding == numbers.ZSTD:
             core.read_plane(number, inflate)
     referenced = any(coding == numbers.EXTERNAL for _, coding, *_ in planes)
-    if file._base is not None and not referenced:
-        raise ArgumentError(f"{file._label} embeds its base: there is no other to check")
-    if referenced and file._base is not None:
+    if file._base is not None:
         for name in file._names(_core.NONE):
-            file.decode(None, [name])
+            _check_base(file, name, file._base, referenced)
     return Verification(
         path=file._label,
         bytes=file._stat.st_size,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -106,6 +107,39 @@ def test_every_flipped_bit_is_found(encode):
             continue
         with pytest.raises(errors.FormatError, match=path.name):
             everything(path)
+
+
+@pytest.mark.parametrize("shared", ["float32", "bfloat16", "int8", "ternary"])
+@pytest.mark.parametrize("base", [np.float32, ml_dtypes.bfloat16])
+def test_a_flip_in_any_block_that_is_decoded_is_found_and_numbered(encode, base, shared):
+    """Blocks are hashed in the loop that decodes them, several of one plane to one of another where
+    their types differ in size."""
+    n = 524288 + 65536 + 4099  # a unit of whole blocks, and a block, and a part of one
+    state = {"w": normal(n, 1).astype(base)}
+    tasks = {k: {"w": (normal(n, 1) + normal(n, k, spread=0.1)).astype(base)} for k in (2, 3)}
+    options = {"shared_dtype": shared, "method": "tall"}
+    if shared == "ternary":
+        options = {"method": "ternary", "density": 0.1, "coding": "raw"}
+    path = encode(state, {f"task {k}": task for k, task in tasks.items()}, **options)
+    data = bytearray(path.read_bytes())
+    with tallcodec.open(path, "np") as file:
+        planes = [file._core.planes()[plane] for plane in used(file, "task 2")]
+    for _, _, offset, size, _ in planes:
+        for begin in range(0, size, 65536):
+            for at in {begin + 7, min(begin + 65535, size - 1)}:
+                data[offset + at] ^= 4
+                rewrite(path, data)
+                data[offset + at] ^= 4
+                with tallcodec.open(path, "np", threads=1) as file:
+                    with pytest.raises(errors.ChecksumError, match=f"block {begin // 65536}$"):
+                        file.decode("task 2")
+
+
+def used(file, task):
+    """The planes that a tensor of a task is decoded from."""
+    core, number = file._core, file._number(task)
+    starts = {offset: plane for plane, (_, _, offset, *_) in enumerate(core.planes())}
+    return [starts[offset] for offset, _ in core.ranges(number, 0)]
 
 
 def test_damage_is_found_in_a_file_of_many_blocks_and_named(encode):

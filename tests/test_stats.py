@@ -183,3 +183,11 @@ def test_damage_and_unknown_codings_are_errors(encode):
         tallcodec.stats(path)
     with pytest.raises(errors.VersionError, match="coding 9"):
         tallcodec.merge(path)
+
+
+def test_a_file_without_tasks(small_file, capsys):
+    tallcodec.remove(small_file, tallcodec.open(small_file, "np").tasks)
+    found = tallcodec.stats(small_file)
+    assert "0 tasks, none of them has masks" in str(found) and found.to_dict()["tasks"] == []
+    assert main(["stats", str(small_file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == []

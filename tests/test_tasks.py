@@ -30,6 +30,7 @@ from tallcodec.errors import (
     ChecksumError,
     FormatError,
     ReadError,
+    TaskMismatchError,
     TaskNotFoundError,
     WriteError,
 )
@@ -527,6 +528,39 @@ def test_a_second_writer_is_refused_at_once(encode):
     tallcodec.add(path, tasks, base=base, rebuild=True, progress=try_to_add)
 
 
+def test_whose_sum_the_shared_vector_is(encode):
+    """What changes leave as it is, merging and inspecting tell."""
+    base, tasks = small_family(("cars", "dtd", "sun397"))
+    path = encode(base, tasks)
+
+    def told():
+        info, merged = tallcodec.open(path, "np").info, tallcodec.merge(path, None, framework="np")
+        assert info.merged == merged.info.merged and "tallcodec.merged" not in info.metadata
+        assert ("the shared vector is of" in str(info)) == bool(
+            merged.info.removed or merged.info.added
+        )
+        return info.merged, merged.info.removed, merged.info.added
+
+    everyone = ["cars", "dtd", "sun397"]
+    assert told() == (everyone, [], [])
+    sum_of_all = tallcodec.merge(path, None, method="task-arithmetic", framework="np")
+    tallcodec.remove(path, ["dtd"])
+    assert told() == (everyone, ["dtd"], [])
+    tallcodec.add(path, {"new": tasks["dtd"]}, method="tall")
+    tallcodec.compact(path)
+    assert told() == (everyone, ["dtd"], ["new"])
+    assert "removed from the file, and still in the vector: 'dtd'" in str(
+        tallcodec.merge(path, None, framework="np").info
+    )
+    found = tallcodec.merge(path, None, method="task-arithmetic", framework="np")
+    assert all(np.array_equal(found[name], array) for name, array in sum_of_all.items())
+    tallcodec.add(path, {"sparse": tasks["dtd"]}, method="ternary")
+    tallcodec.remove(path, ["sparse"])
+    assert told() == (everyone, ["dtd"], ["new"])
+    with pytest.raises(ArgumentError, match="'tallcodec.merged' is the library's own"):
+        encode(base, tasks, metadata={"tallcodec.merged": "[]"})
+
+
 def test_a_file_that_is_compacted_before_it_is_locked(encode, monkeypatch):
     """What is locked then is no longer under the name."""
     base, tasks = small_family(("cars", "dtd", "sun397"))
@@ -614,6 +648,14 @@ def test_rebuild(encode):
     ]:  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             call()
+    with pytest.raises(TaskMismatchError, match="task 'dtd', tensor 'a.bias': it was not encoded"):
+        tallcodec.add(path, tasks | {"dtd": tasks["cars"]}, base=base, rebuild=True)
+    other = {name: 2 * array for name, array in base.items()}
+    embedded = encode(base, some(tasks, "cars", "dtd"))
+    for file in (path, embedded):
+        with pytest.raises(BaseMismatchError):
+            tallcodec.add(file, tasks, base=other, rebuild=True)
+    assert tallcodec.verify(embedded, base, tasks=some(tasks, "cars", "dtd")).proved == 2
     for options in ({"merge": "ties"}, {"method": "ternary", "density": 0.02}):
         dense = encode(base, some(tasks, "cars", "dtd"), **options)
         with pytest.raises(ArgumentError, match="does not tell the density"):

@@ -1,5 +1,6 @@
 """Bytes to bytes: tasks come to a file and go, and what nobody uses any more is left out."""
 
+import json
 import struct
 
 import numpy as np
@@ -125,6 +126,7 @@ def add(data, tasks, *, base=None, method="adapted", thresholds=None, bits=None,
         model.tasks.append({"name": task, "threshold": thresholds[k],
                             "method": METHODS[methods[task]]})
     model.close(out)
+    model.note_merged()
     return model.write(writer)
 
 
@@ -138,6 +140,7 @@ def remove(data, tasks, *, writer="tallcodec 0.1.0") -> bytes:
         tensor["entries"] = [tensor["entries"][k] for k in kept]
     model.files = [(scopes[scope], *rest) for scope, *rest in model.files if scope in scopes]
     model.metas = [(scopes[scope], *rest) for scope, *rest in model.metas if scope in scopes]
+    model.note_merged()
     return model.write(writer)
 
 
@@ -171,6 +174,16 @@ class _Model:
                       for name, plane in found.items()]
         self.metas = [(scope, key, value) for scope, found in file.metadata.items()
                       for key, value in found.items()]
+        self.merged = self._masked()
+
+    def _masked(self):
+        return [task["name"] for task in self.tasks if task["method"] != METHODS["ternary"]]
+
+    def note_merged(self):
+        """Say whose sum the shared vector is, where that is not of those that have masks of it."""
+        masked, known = self._masked(), {key for scope, key, _ in self.metas if scope == SCOPE_FILE}
+        if masked and masked != self.merged and "tallcodec.merged" not in known:
+            self.metas.append((SCOPE_FILE, "tallcodec.merged", json.dumps(self.merged)))
 
     def _sums(self, plane):
         size = plane.raw_size if plane.coding == EXTERNAL else plane.size

@@ -134,6 +134,7 @@ def changed():
     yield "v1-added", added, None
     two = reference.write(base, cars | dtd, task_files={"cars": file, "dtd": file}, **options)
     yield "v1-removed", reference.remove(two, ["cars"]), None
+    yield "v1-removed-from-the-sum", reference.remove(two, ["dtd"]), None
     ternary = reference.add(added, sun397, method="ternary", bits={"sun397": 2})
     yield "v1-compacted", reference.compact(reference.remove(ternary, ["cars"])), None
     options |= {"base_storage": "reference"}
