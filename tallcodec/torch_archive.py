@@ -143,7 +143,9 @@ def _load_torch(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # What was found, without what PyTorch wraps it in: advice on how to load it all the same.
+        found = error.__context__ or error
+        reason = (str(found).strip() or type(found).__name__).splitlines()[0].split(" Please")[0]
         raise CheckpointError(
             f"{path}: torch.load(weights_only=True) refused it: {reason}\n"
             "The file is damaged, or holds Python objects, which are never unpickled here. If you "
