@@ -364,6 +364,7 @@ py::list verify(const BufferFile& f, unsigned threads, py::object progress) {
 
 PYBIND11_MODULE(_core, m) {
   using namespace tallcodec;
+  KnownThread::keep_from_forks();
   py::register_exception_translator(translate);
   m.attr("NONE") = kNone;
   m.attr("SCOPE_BASE") = kScopeBase;

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -138,6 +139,16 @@ def test_a_pool_of_processes(awkward_file, method):
         assert found == [digest(file.decode(task)) for _, task in calls]
 
 
+def exit_code(child, patience=60):
+    """Of a process; one that is stuck is killed, so that it does not hold up all others."""
+    killer = threading.Timer(patience, os.kill, (child, signal.SIGKILL))
+    killer.start()
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        killer.cancel()
+
+
 def test_a_child_of_a_process_with_running_threads(awkward_file):
     """It has the handle, and none of the threads that were in the midst of using it."""
     path, base = awkward_file
@@ -159,7 +170,7 @@ def test_a_child_of_a_process_with_running_threads(awkward_file):
                     wrong = digest(file.decode("dtd")) != expected
                     wrong = wrong or digest(loaded.decode()) != expected
                     os._exit(wrong)
-                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                assert exit_code(child) == 0
         finally:
             stop.set()
             for thread in threads:
