@@ -675,14 +675,15 @@ class TritonBackend:
         nonfinite = torch.zeros(count + 1, dtype=torch.int32, device=device)
         if n:
             dtypes = {task.dtype for task in tasks}
+            dtype = TRITON_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
             table = table_of([(task.data_ptr(), DTYPES.index(task.dtype), float_bits(threshold))
                               for task, threshold in zip(tasks, thresholds)], device)  # fmt: skip
             launch(
                 encode_kernel, (programs,), device,
                 base, table, count, merged, shared, scales, masks, stride, counts, nonfinite, n,
-                DTYPE=TRITON_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None,
-                ALIGNED=all(task.data_ptr() % 16 == 0 for task in tasks),
+                DTYPE=dtype, ALIGNED=all(task.data_ptr() % 16 == 0 for task in tasks),
                 RULE=rule, BINS=triton.next_power_of_2(count + 2), BLOCK=BLOCK,
+                num_warps=4 if dtype else 8,  # loads of any type take registers
             )  # fmt: skip
         set_bits, published_bits, agreement = counts.sum(0).split([count, count, count + 1])
         return Encoded(shared, scales, [mask[:size] for mask in masks], set_bits, published_bits,
