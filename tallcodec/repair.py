@@ -69,17 +69,23 @@ def _repair_head(file: BinaryIO, name: str, copy: File) -> int:
     """Header and index, where one of them is damaged and the other shows that it is a copy."""
     length = os.fstat(file.fileno()).st_size
     header, theirs = pread(file, min(_HEADER, length), 0).tobytes(), copy._map[:_HEADER]
-    ours, found = _slots(header), _opened(file, length)
+    is_open, ours = _can_be_opened(file, length), _slots(header)
     latest = max((s for s in _slots(theirs) if s and s.is_right), key=lambda s: s.sequence)
+    named = max((s for s in ours if s and s.is_right), key=lambda s: s.sequence, default=None)
+    if named and named.sequence > latest.sequence:
+        if not is_open:
+            raise ArgumentError(
+                f"{name}: what its last change wrote is damaged or cut off, and {copy._label} is "
+                "from before that change"
+            )
+        return 0
     has_index = length >= latest.file_size and latest.identity == _core.kernels.hash(
         pread(file, latest.size, latest.begin)
     )
-    if has_index and header != theirs and (found is None or has_damaged_slot(header)):
-        if found is None or found.sequence <= latest.sequence:
-            return _write(file, theirs, 0)
-    if found is not None:
+    if has_index and header != theirs and (not is_open or has_damaged_slot(header)):
+        return _write(file, theirs, 0)
+    if is_open:
         return 0
-    named = max((s for s in ours if s and s.is_right), key=lambda s: s.sequence, default=None)
     if named == latest and named.file_size > length:
         return _write(file, copy._map[length : latest.file_size], length)
     if named == latest:
@@ -90,19 +96,16 @@ def _repair_head(file: BinaryIO, name: str, copy: File) -> int:
     )
 
 
-def _opened(file: BinaryIO, length: int) -> _Slot | None:
-    """The slot by which a file is read, if it can be."""
+def _can_be_opened(file: BinaryIO, length: int) -> bool:
     if not length:
-        return None
+        return False
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             core = _core.File("", data)
-            identity, size = core.identity(), core.size()
             del core
-            slots = _slots(data[:_HEADER])
     except FormatError:
-        return None
-    return next(s for s in slots if s and s.is_right and s[4:] == (identity, size))
+        return False
+    return True
 
 
 def _repair_planes(file: BinaryIO, damaged: File, read: Read) -> int:

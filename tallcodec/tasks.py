@@ -156,8 +156,8 @@ def remove(path: str | os.PathLike, tasks: Iterable[str]) -> FileInfo:
 
     The other tasks and the base do not change, and so the shared vector does not: it still has the
     removed tasks in it, and :func:`merge` says so. (For a file without any trace of them, encode
-    anew.) The space of what was the tasks' own becomes free ranges, which :func:`compact` reclaims
-    and overwrites; so does a shared vector that no mask is left of. All tasks may go: a base is
+    anew.) The space of what was the tasks' own becomes free ranges, whose bytes are there until
+    :func:`compact`; so does a shared vector that no mask is left of. All tasks may go: a base is
     left, to which others may be added. The change is there all at once, as that of :func:`add`.
 
     Returns what :attr:`tallcodec.File.info` returns. Raises ArgumentError, TaskNotFoundError,

@@ -194,6 +194,21 @@ def test_a_copy_does_not_take_a_change_back(paths, checkpoints):
     assert path.read_bytes() == damaged and tallcodec.open(path, "np").tasks == ["t", "new"]
 
 
+def test_an_index_that_only_a_later_copy_has(paths, checkpoints):
+    path, before = paths
+    tallcodec.add(path, {"new": checkpoints[1]})
+    whole = path.read_bytes()
+    after = path.with_name("after.tall")
+    after.write_bytes(whole)
+    flip(path, len(whole) - 70)
+    damaged = path.read_bytes()
+    with pytest.raises(ArgumentError, match="its last change wrote is damaged .*from before that"):
+        tallcodec.verify(path, repair_from=before)
+    assert path.read_bytes() == damaged
+    assert tallcodec.verify(path, repair_from=after).repaired == 1
+    assert path.read_bytes() == whole
+
+
 def test_from_a_state_dict(paths, checkpoints):
     path, _ = paths
     whole = path.read_bytes()
