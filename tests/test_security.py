@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 import zstandard
+from safetensors.numpy import save_file
 
 import tallcodec
 from editor import F32, Editor, same_state, sample, sample_file
@@ -232,6 +233,25 @@ def test_damage_everywhere_is_listed_in_one_pass(tmp_path):
     with pytest.raises(ChecksumError) as caught:
         tallcodec.verify(path)
     assert str(caught.value).count("file '") == n
+
+
+def test_a_folder_that_comes_to_many_large_small_files(tmp_path):
+    """Of those, only what has the size of one of its own is looked at, and not kept."""
+    base = {name: array.astype(F32) for name, array in ONE.items()}
+    folder = tmp_path / "task"
+    folder.mkdir()
+    save_file({"a": base["a"] + F32(1)}, folder / "model.safetensors")
+    for k in range(20):
+        (folder / f"{k}.txt").write_bytes(b"%d" % (k % 10) + bytes(8 << 20))
+    tallcodec.encode(base, {"t": folder}, tmp_path / "a.tall")
+    for k in range(1, 20):
+        (folder / f"{k}.txt").unlink()
+    said = bounded("""
+        attempt(lambda: tallcodec.add(path, {"new": arguments[0]}, threads=1).tasks[1].name)
+    """, tmp_path / "a.tall", folder, mebibytes=120)  # fmt: skip
+    assert said == "new\n"
+    with tallcodec.open(tmp_path / "a.tall", "np") as file:
+        assert file.files("new")["0.txt"] == file.files("t")["10.txt"]
 
 
 # Where things lie.
