@@ -1,6 +1,7 @@
 """An open `.tall` file: tasks out of it, as tensors, lazily, or as checkpoint files."""
 
 import builtins
+import contextlib
 import errno
 import math
 import mmap
@@ -366,8 +367,12 @@ class File:
         try:
             return self._tasks[task]
         except (KeyError, TypeError):
-            known = ", ".join(map(repr, self._tasks))
-            raise TaskNotFoundError(f"{self._label} has no task {task!r}; it has {known}") from None
+            known = ", ".join(map(repr, self._tasks)) or "none"
+            message = f"{self._label} has no task {task!r}; it has {known}"
+            with contextlib.suppress(OSError):
+                if is_changed(self._seen, os.stat(self._path)):
+                    message += "; it was changed or replaced since it was opened: open it again"
+            raise TaskNotFoundError(message) from None
 
     def _scope(self, task: str | None) -> int:
         return _core.SCOPE_BASE if task is None else self._number(task)

@@ -104,8 +104,8 @@ class FileInfo:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: {_size(self.bytes)}, {len(self.tasks)} tasks, {self.tensors} tensors, "
-            f"{self.base_parameters:,} parameters",
+            f"{self.path}: {_size(self.bytes)}, {tasks_text(len(self.tasks))}, "
+            f"{self.tensors} tensors, {self.base_parameters:,} parameters",
             f"base {self.base_storage}, merge {self.merge}, scale {self.scale}, "
             f"{self.models:.3f} × the base for base and tasks together; written by {self.writer}",
             "bytes: " + ", ".join(f"{kind} {_size(n)}" for kind, n in self.planes.items())
@@ -178,7 +178,7 @@ class Verification:
     def __str__(self) -> str:
         base = "" if self.base_checked else "; its base is only referenced and was not checked"
         if self.proved:
-            base += f"; {self.proved} tasks decode to what it says of their checkpoints"
+            base += f"; {tasks_text(self.proved)} proved by what it says of their checkpoints"
         if self.ignored:
             base += f"; {self.ignored} bytes behind its end are ignored"
         if self.damaged_slot:
@@ -187,9 +187,13 @@ class Verification:
         if self.repaired:
             base += f"; {self.repaired} blocks were repaired"
         return (
-            f"{self.path}: whole: {_size(self.bytes)}, {self.tasks} tasks, {self.tensors} tensors, "
-            f"{self.planes} planes{base}"
+            f"{self.path}: whole: {_size(self.bytes)}, {tasks_text(self.tasks)}, "
+            f"{self.tensors} tensors, {self.planes} planes{base}"
         )
+
+
+def tasks_text(count: int) -> str:
+    return f"{count} task" if count == 1 else f"{count} tasks"
 
 
 def read_info(path: str, size: int, file: _core.File) -> FileInfo:

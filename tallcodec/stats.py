@@ -9,6 +9,7 @@ from os import PathLike
 
 from .errors import ArgumentError
 from .file import open as open_file
+from .info import tasks_text
 from .progress import Progress, check_progress
 
 _MAX_TASKS = 4096  # the square of it in numbers are held at once
@@ -151,9 +152,9 @@ class FileStats:
     def __str__(self) -> str:
         trained, tasks = self.trained, self.tasks
         if not trained.elements:
-            return f"{self.path}: {len(tasks)} tasks, none of them has masks"
+            return f"{self.path}: {tasks_text(len(tasks))}, none of them has masks"
         lines = [
-            f"{self.path}: {len(tasks)} tasks, {trained.elements:,} of {self.parameters:,} "
+            f"{self.path}: {tasks_text(len(tasks))}, {trained.elements:,} of {self.parameters:,} "
             f"parameters trained, {trained.dont_cares:,} don't-cares among them",
             "",
             "shares in % of the parameters that are active in so many tasks; don't-cares: where "

@@ -39,7 +39,7 @@ def made(request, encode):
 def test_every_task_is_what_was_encoded(made):
     path, base, tasks = made
     found = tallcodec.verify(path, base, tasks=tasks)
-    assert found.proved == len(tasks) and f"{len(tasks)} tasks decode to what" in str(found)
+    assert found.proved == len(tasks) and f"{len(tasks)} tasks proved by what" in str(found)
     assert tallcodec.verify(path, base).proved == 0
 
 
@@ -134,6 +134,6 @@ def test_the_command(checkpoints, encode, capsys):
     right = ["--task", f"cars={checkpoints / 'cars.safetensors'}", "--task",
              f"dtd={checkpoints / 'dtd'}"]  # fmt: skip
     assert cli.main(["verify", str(path), *right]) == 0
-    assert "2 tasks decode to what it says" in capsys.readouterr().out
+    assert "2 tasks proved by what it says" in capsys.readouterr().out
     assert cli.main(["verify", str(path), "--task", f"cars={checkpoints / 'dtd'}"]) == 1
     assert "task 'cars'" in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_a_file_without_masks_has_no_shares(encode):
     found = tallcodec.stats(encode(base, {"a": base | {"step": np.array(2)}}))
     assert found.tensors == [] and math.isnan(found.trained.published.universal)
     assert found.over_all(found.trained.published).shares == [1, 0]
-    assert str(found).endswith("1 tasks, none of them has masks")
+    assert str(found).endswith("1 task, none of them has masks")
 
 
 def test_the_command(capsys, small_file):

@@ -528,6 +528,19 @@ def test_a_second_writer_is_refused_at_once(encode):
     tallcodec.add(path, tasks, base=base, rebuild=True, progress=try_to_add)
 
 
+def test_who_has_the_file_open_is_told_to_open_it_again(encode):
+    base, tasks = small_family()
+    path = encode(base, tasks)
+    with tallcodec.open(path, "np") as file:
+        with pytest.raises(TaskNotFoundError, match="it has 'cars', 'dtd'$"):
+            file.decode("new")
+        tallcodec.add(path, {"new": tasks["cars"]})
+        with pytest.raises(TaskNotFoundError, match="it was changed or replaced .*open it again"):
+            file.decode("new")
+        with pytest.raises(FormatError, match="it was changed or replaced since"):
+            pickle.loads(pickle.dumps(file))
+
+
 def test_whose_sum_the_shared_vector_is(encode):
     """What changes leave as it is, merging and inspecting tell."""
     base, tasks = small_family(("cars", "dtd", "sun397"))
@@ -688,7 +701,7 @@ def test_the_commands(checkpoints, tmp_path, capsys):
     assert run("verify", path)[0] == 0
     assert run("remove", path, "--task", "x")[0] == 1
     status, out = run("remove", path, "--task", "cars")
-    assert status == 0 and "1 tasks" in out.out
+    assert status == 0 and "1 task, " in out.out
     status, out = run("compact", path)
     assert status == 0 and "to reclaim" not in out.out
     assert path.read_bytes() == made
