@@ -104,19 +104,28 @@ INLINE Floats load(const void* p) {
   }
 }
 
-// The 16 bits of a bfloat16, in the lower half of each element.
-INLINE __m256i bf16_of(__m256 v) {
+// The 16 bits of a bfloat16, in the lower half of each element; of what is no NaN.
+INLINE __m256i rounded_bf16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
   const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-  const __m256i quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-  const __m256i rounded = _mm256_add_epi32(bits, half);
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(nan)), 16);
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+}
+
+// The same of a NaN, a quiet one.
+INLINE __m256i quiet_bf16(__m256 v) {
+  return _mm256_srli_epi32(_mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x400000)), 16);
 }
 
 INLINE __m256i bf16_of(Floats v) {
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_of(v.lo), bf16_of(v.hi)), 0xd8);
+  __m256i lo = rounded_bf16(v.lo), hi = rounded_bf16(v.hi);
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(v.lo, v.hi, _CMP_UNORD_Q)), false)) {
+    const __m256i nan_lo = _mm256_castps_si256(_mm256_cmp_ps(v.lo, v.lo, _CMP_UNORD_Q));
+    const __m256i nan_hi = _mm256_castps_si256(_mm256_cmp_ps(v.hi, v.hi, _CMP_UNORD_Q));
+    lo = _mm256_blendv_epi8(lo, quiet_bf16(v.lo), nan_lo);
+    hi = _mm256_blendv_epi8(hi, quiet_bf16(v.hi), nan_hi);
+  }
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
 }
 
 INLINE __m256i f16_of(Floats v) {
