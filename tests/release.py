@@ -45,6 +45,7 @@ def check_install(python: Path, tests=TESTS) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "tests", Path(folder) / "tests")
         options = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=tests tests/golden",
+                   "-o", "tmp_path_retention_policy=failed",
                    "-k", "not every_bit_flip and not every_truncation"]  # fmt: skip
         run(python, "-m", "pytest", *options, *(f"tests/{name}" for name in tests), cwd=folder)
 
