@@ -147,12 +147,17 @@ def test_a_file_that_is_cut_short_gets_its_end_back(paths):
         tallcodec.verify(path, repair_from=copy)
 
 
+def change(path, checkpoints):
+    """Add a task: what the file is then, and a copy of it."""
+    tallcodec.add(path, {"new": checkpoints[1]})
+    after = path.with_name("after.tall")
+    after.write_bytes(path.read_bytes())
+    return path.read_bytes(), after
+
+
 def test_a_copy_from_before_a_change_and_one_from_after(paths, checkpoints):
     path, before = paths
-    tallcodec.add(path, {"new": checkpoints[1]})
-    whole = path.read_bytes()
-    after = path.with_name("after.tall")
-    after.write_bytes(whole)
+    whole, after = change(path, checkpoints)
     planes = blocks_of(whole)
     old = [at for _, _, at in planes if at < before.stat().st_size]
     flip(path, old[0], old[-1])
@@ -196,10 +201,7 @@ def test_a_copy_does_not_take_a_change_back(paths, checkpoints):
 
 def test_an_index_that_only_a_later_copy_has(paths, checkpoints):
     path, before = paths
-    tallcodec.add(path, {"new": checkpoints[1]})
-    whole = path.read_bytes()
-    after = path.with_name("after.tall")
-    after.write_bytes(whole)
+    whole, after = change(path, checkpoints)
     flip(path, len(whole) - 70)
     damaged = path.read_bytes()
     with pytest.raises(ArgumentError, match="its last change wrote is damaged .*from before that"):
