@@ -396,8 +396,8 @@ PYBIND11_MODULE(_core, m) {
       if (std::memcmp(&s, &empty, sizeof s) == 0) {
         slots.append(py::none());
       } else {
-        const bool is_right = s.sequence && s.slot_hash == hash_slot(header, s);
-        slots.append(py::make_tuple(is_right, s.sequence, s.index_offset, s.index_size, s.index_hash, s.file_size));
+        slots.append(py::make_tuple(is_right(header, s), s.sequence, s.index_offset, s.index_size, s.index_hash,
+                                    s.file_size));
       }
     }
     return slots;

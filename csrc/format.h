@@ -184,6 +184,8 @@ Index read_index(const std::string& label, const void* data, uint64_t size, cons
 // The sum of a plane's block of `size` bytes, at most kSumBlock, with its padding if it has none yet.
 uint64_t hash_block(const Kernels& kernels, const uint8_t* bytes, uint64_t size);
 uint64_t hash_slot(const Header& header, const Slot& slot);
+// Whether a slot is neither empty nor damaged.
+bool is_right(const Header& header, const Slot& slot);
 Slot make_slot(const Header& header, uint64_t sequence, uint64_t index_offset, std::string_view index,
                uint64_t file_size);
 // Throws Error(Status::Write).

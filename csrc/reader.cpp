@@ -474,10 +474,7 @@ Slot read_header(const std::string& label, const void* data, uint64_t size, uint
 
   const Slot* current = nullptr;
   for (const Slot& slot : header.slot) {
-    if (slot.sequence != 0 && slot.slot_hash == hash_slot(header, slot) &&
-        (!current || slot.sequence > current->sequence)) {
-      current = &slot;
-    }
+    if (is_right(header, slot) && (!current || slot.sequence > current->sequence)) current = &slot;
   }
   if (!current) {
     throw Error(Status::Checksum, text(label, ": the header is damaged: no slot has a right checksum"));

@@ -76,6 +76,10 @@ uint64_t hash_slot(const Header& header, const Slot& slot) {
   return find_kernels("scalar")->hash(bytes, sizeof bytes);
 }
 
+bool is_right(const Header& header, const Slot& slot) {
+  return slot.sequence != 0 && slot.slot_hash == hash_slot(header, slot);
+}
+
 Slot make_slot(const Header& header, uint64_t sequence, uint64_t index_offset, std::string_view index,
                uint64_t file_size) {
   Slot slot{};

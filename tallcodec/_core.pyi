@@ -22,6 +22,10 @@ class kernels:
 def same_bytes(a: Source, b: Source, size: int) -> bool: ...
 def advise_huge(address: int, size: int) -> None: ...
 def read_source(source: Source, size: int) -> bytes: ...
+def slots(header: bytes) -> list[tuple[bool, int, int, int, int, int] | None]:
+    """Of each slot of a header, None for an empty one: whether it is right, its sequence, offset,
+    size and hash of the index, size of the file."""
+
 
 class Encoder:
     def __init__(

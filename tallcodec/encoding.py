@@ -435,7 +435,7 @@ def thresholds_of(
     if isinstance(threshold, str):
         if threshold != "auto":
             raise ArgumentError(
-                'threshold must be a number of at least 0, one per task, or "auto", '
+                'threshold must be a number of at least 0, one per task, "auto" or "search", '
                 f"not {threshold!r}"
             )
         return dict.fromkeys(tasks, 0.0)

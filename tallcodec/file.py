@@ -75,9 +75,9 @@ class File:
 
     Immutable: any number of threads may use one at once. It can be pickled (by its path), and
     unpickling fails where another file is under that path by then, or tasks were added to it or
-    removed: open it again. A context manager; closing it
-    twice is harmless, and closing it while another thread decodes either lets that thread finish or
-    makes it raise ClosedError before it has written anything.
+    removed: open it again. A context manager; closing it twice is harmless, and closing it while
+    another thread decodes either lets that thread finish or makes it raise ClosedError before it
+    has written anything.
     """
 
     def __init__(

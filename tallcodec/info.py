@@ -94,6 +94,11 @@ class FileInfo:
     removed, which leaves it as it is."""
 
     @property
+    def masked(self) -> list[str]:
+        """The tasks whose method is one of masks."""
+        return _masked(self.tasks)
+
+    @property
     def models(self) -> float:
         """The file's size in base checkpoints, counting a base that is only referenced."""
         external = self.base_bytes if self.base_storage == "reference" else 0
@@ -115,8 +120,7 @@ class FileInfo:
         ]  # fmt: skip
         if self.metadata:
             lines.insert(-1, "metadata: " + ", ".join(f"{k}={v}" for k, v in self.metadata.items()))
-        masked = [task.name for task in self.tasks if task.method != "ternary"]
-        if masked and self.merged != masked:
+        if self.masked and self.merged != self.masked:
             lines.insert(-1, f"the shared vector is of: {', '.join(self.merged)}")
         rows = [(
             "task", "λ", "bits/param", "density", "gain", "error", "coded", "base", "verbatim",
@@ -199,6 +203,7 @@ def tasks_text(count: int) -> str:
 def read_info(path: str, size: int, file: _core.File) -> FileInfo:
     """Gather a file's numbers from its index."""
     header, tensors, planes = file.header(), file.tensors(), file.planes()
+    tasks = [_task_info(file, i, task, tensors, planes) for i, task in enumerate(file.tasks())]
     stored = dict.fromkeys(numbers.PLANES, 0)
     for number, _, _, plane_size, _ in planes:
         kind = name_of(number, numbers.PLANES)
@@ -224,8 +229,8 @@ def read_info(path: str, size: int, file: _core.File) -> FileInfo:
         reclaimable=size - file.size() + sum(length for _, length in file.free()),
         metadata={k: v for k, v in metadata.items() if k not in (SCORES, MERGED)},
         scores=_scores(metadata.get(SCORES)),
-        merged=_merged(metadata.get(MERGED), file.tasks()),
-        tasks=[_task_info(file, i, task, tensors, planes) for i, task in enumerate(file.tasks())],
+        merged=_merged(metadata.get(MERGED), tasks),
+        tasks=tasks,
     )
 
 
@@ -291,11 +296,15 @@ def _scores(text: str | None) -> dict[str, dict[float, float]]:
         return {}
 
 
-def _merged(text: str | None, tasks: list[dict]) -> list[str]:
+def _merged(text: str | None, tasks: list[TaskInfo]) -> list[str]:
     """What a change has noted, or else the tasks that have masks."""
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         return [str(name) for name in json.loads(text)]
-    return [t["name"] for t in tasks if t["method"] != numbers.METHODS["ternary"]]
+    return _masked(tasks)
+
+
+def _masked(tasks: list[TaskInfo]) -> list[str]:
+    return [task.name for task in tasks if task.method != "ternary"]
 
 
 def _rule(task: TaskInfo) -> str:

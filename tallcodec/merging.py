@@ -17,7 +17,6 @@ from .encoding import encode
 from .errors import ArgumentError, WriteError
 from .file import File
 from .file import open as open_file
-from .numbers import name_of
 from .output import check_output
 from .progress import Progress, check_progress
 from .stats import by_masks
@@ -281,9 +280,10 @@ class _Merger:
     def __init__(self, file: File, method: str, min_tasks: int):
         self._file = file
         self._method = method
-        self._vector = name_of(file._file.header()["merge"], numbers.MERGES)
+        self._about = file.info
+        self._vector = self._about.merge
         tasks = len(file.tasks)
-        ternary = [t.name for t in file.info.tasks if t.tensors["ternary"]]
+        ternary = [t.name for t in self._about.tasks if t.tensors["ternary"]]
         if ternary:
             raise ArgumentError(
                 f"{file._label} cannot be merged: what it has of {', '.join(map(repr, ternary))} "
@@ -352,9 +352,7 @@ class _Merger:
             elif verbatim:
                 kept.append(tensor["name"])
         min_tasks = self._min_tasks or None
-        ternary = numbers.METHODS["ternary"]
-        masked = [task["name"] for task in core.tasks() if task["method"] != ternary]
-        merged = self._file.info.merged
+        masked, merged = self._about.masked, self._about.merged
         return MergeInfo(
             self._method, self._vector, min_tasks, scale, parameters, active, scores, written, kept,
             merged, [task for task in merged if task not in masked],

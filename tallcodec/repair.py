@@ -13,7 +13,6 @@ from .output import changed_file
 from .tensors import pread
 
 _BLOCK = 65536  # bytes per checksum
-_HEADER = 192
 
 Read = Callable[[int, int, int], bytes | None]
 """Of a plane, from an offset of the file, so many bytes: what they should be, or may be."""
@@ -68,7 +67,8 @@ def has_damaged_slot(header: bytes) -> bool:
 def _repair_head(file: BinaryIO, name: str, copy: File) -> int:
     """Header and index, where one of them is damaged and the other shows that it is a copy."""
     length = os.fstat(file.fileno()).st_size
-    header, theirs = pread(file, min(_HEADER, length), 0).tobytes(), copy._map[:_HEADER]
+    theirs = copy._header
+    header = pread(file, min(len(theirs), length), 0).tobytes()
     is_open, ours = _can_be_opened(file, length), _slots(header)
     latest = max((s for s in _slots(theirs) if s and s.is_right), key=lambda s: s.sequence)
     named = max((s for s in ours if s and s.is_right), key=lambda s: s.sequence, default=None)
@@ -86,10 +86,11 @@ def _repair_head(file: BinaryIO, name: str, copy: File) -> int:
         return _write(file, theirs, 0)
     if is_open:
         return 0
-    if named == latest and named.file_size > length:
-        return _write(file, copy._map[length : latest.file_size], length)
-    if named == latest:
-        return _write(file, copy._map[latest.begin : latest.begin + latest.size], latest.begin)
+    if named == latest:  # it was cut short, or its index is damaged
+        begin, end = latest.begin, latest.begin + latest.size
+        if length < latest.file_size:
+            begin, end = length, latest.file_size
+        return _write(file, copy._map[begin:end], begin)
     raise ArgumentError(
         f"{name}: cannot be repaired from {copy._label}: it is another file, or nothing that is "
         "left of header and index shows that it is not"

@@ -114,6 +114,8 @@ def add(
     sparse = [task for task, m in methods.items() if m == "ternary"]
     if not masked and threshold != "auto":
         raise ArgumentError('threshold is for masks, not for method "ternary"')
+    if isinstance(threshold, str) and threshold == "search":
+        raise ArgumentError('threshold must be a number, one per task, or "auto": encode searches')
     thresholds = thresholds_of(threshold, masked, tasks)
     planes_bits = bits_of(bits, None, sparse, tasks, False)
     with contextlib.ExitStack() as stack:
